@@ -1,0 +1,91 @@
+"""What may be loaded: a folder or hub id in the diffusers layout, whole, without code or pickles."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from diffpress.errors import CheckpointError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def fetch(source: str, *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: ``source`` itself, or the local copy of a hub repository.
+
+    Raises CheckpointError when there is no such folder and ``source`` is no hub id, or the hub cannot give it.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(source):
+        kind = "a file" if folder.exists() else "not there"
+        raise CheckpointError(
+            f"model {source!r} is {kind}; allowed: a folder in the diffusers layout, or a hub id like 'owner/name'"
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(source, revision=revision, use_safetensors=True))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"model {source!r} is no folder here, and the hub did not give it: {error}") from error
+
+
+def verify(folder: Path, *, trust_remote_code: bool = False) -> dict:
+    """Check a checkpoint folder before anything of it is loaded, and return its ``model_index.json``.
+
+    Raises CheckpointError for a missing or broken index, components that ask for code of their own, components with
+    pickles only, and safetensors files that are cut off.
+    """
+    index = _read_index(folder)
+    own_code = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and value[0] not in (None, "diffusers", "transformers")
+    ]
+    own_code += [path.name for path in folder.rglob("*.py")] + (
+        ["_class_name"] if isinstance(index["_class_name"], list) else []
+    )
+    if own_code and not trust_remote_code:
+        raise CheckpointError(
+            f"{folder}: {', '.join(own_code)} would run code from the checkpoint; allowed only with trust_remote_code"
+        )
+    for name, value in index.items():
+        if isinstance(value, list) and value[0] is not None:
+            _verify_component(folder / name)
+    return index
+
+
+def _read_index(folder: Path) -> dict:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers pipeline")
+    try:
+        index = json.loads(path.read_text("utf8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise CheckpointError(f"{path} names no pipeline class (_class_name)")
+    return index
+
+
+def _verify_component(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is named in model_index.json but is not there")
+    weights = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles and not weights:
+        raise CheckpointError(
+            f"{folder} has only pickled weights ({', '.join(pickles)}), and loading a pickle can run any code; "
+            "allowed: safetensors (convert with safetensors.torch.save_file on a machine you can lose)"
+        )
+    for path in weights:
+        try:
+            with safe_open(path, framework="np") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is cut off or corrupt: {error}") from error

@@ -1,0 +1,357 @@
+"""The commands. Each is a thin shell around a function of the library; errors are told in `diffpress.__main__`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from diffpress import __version__
+from diffpress.errors import ConfigError, DiffpressError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import click
+
+    from diffpress.compress.progress import RichProgress
+    from diffpress.compress.report import Latency, Report
+
+app = typer.Typer(
+    name="diffpress",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+_state = {"quiet": False}
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes, as evaluate.samples=64 or quantize.int8.observer=mse."),
+]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'diffpress run' made.")]
+
+
+def command() -> click.Command:
+    """The whole command line."""
+    return typer.main.get_command(app)  # type: ignore[return-value]
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and more log lines.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Turn a pretrained diffusion generator into a small, fast engine, and prove what it cost.
+
+    Start with: [bold]diffpress run quickstart --output demo[/]
+    """
+    if version:
+        _out.print(f"diffpress {__version__}")
+        raise typer.Exit
+    _state["quiet"] = quiet
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("diffpress").setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        warnings.simplefilter("ignore")
+
+
+@app.command()
+def ls(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Show what is in this artifact instead.")
+    ] = None,
+) -> None:
+    """List recipes, methods and targets; or the stages of an artifact.
+
+    [bold]Examples[/]
+
+    diffpress ls
+
+    diffpress ls demo
+    """
+    if directory is not None:
+        _show_artifact(directory)
+        return
+    from diffpress.compress.recipe import recipe_summary, shipped_recipes
+    from diffpress.targets import TARGETS
+
+    _print_table(("recipe", "what it does"), ((name, recipe_summary(file)) for name, file in shipped_recipes().items()))
+    _print_table(("method", "what it does"), ((name, _first_line(cls)) for name, cls in sorted(_methods().items())))
+    _print_table(("target", "activations"), ((name, _codes(target)) for name, target in TARGETS.items()))
+
+
+@app.command()
+def cp(
+    recipe: RecipeArgument,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to; default: RECIPE.yaml here.")] = None,
+) -> None:
+    """Copy a recipe here, to change it. An existing file is not overwritten.
+
+    [bold]Examples[/]
+
+    diffpress cp quickstart
+
+    diffpress cp unet-int8 mine.yaml
+    """
+    from diffpress.compress.loading import find_recipe
+    from diffpress.compress.recipe import recipes_folder
+
+    source = find_recipe(recipe)
+    target = file or Path(source.name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise ConfigError(f"{target} exists and is not overwritten; give another name: diffpress cp {recipe} FILE")
+    schema = (recipes_folder() / "recipe.schema.json").as_posix()
+    text = source.read_text(encoding="utf-8").replace("$schema=recipe.schema.json", f"$schema={schema}")
+    target.write_text(text, encoding="utf-8")
+    typer.echo(str(target))
+
+
+@app.command()
+def validate(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a file.")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
+) -> None:
+    """Check a recipe and print it with every default written out. All errors are told at once, with their lines.
+
+    [bold]Examples[/]
+
+    diffpress validate mine.yaml
+
+    diffpress validate quickstart evaluate.samples=64 quantize.int8.observer=mse
+
+    diffpress validate --schema > recipe.schema.json
+    """
+    import json
+
+    from diffpress.compress.loading import load_recipe
+    from diffpress.compress.recipe import dump_recipe, recipe_schema
+
+    if schema:
+        typer.echo(json.dumps(recipe_schema(_configs()), indent=2, ensure_ascii=False))
+    elif recipe is None:
+        raise ConfigError("name a recipe: diffpress validate RECIPE; 'diffpress ls' lists those that ship")
+    else:
+        typer.echo(dump_recipe(load_recipe(recipe, overrides or [], methods=_configs())), nl=False)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for everything the run makes.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything that is cheap to check, then stop.")
+    ] = False,
+) -> None:
+    """Compress a model, export the engine, measure it and judge it. A stopped run goes on where it was.
+
+    Exit code 1 when the recipe's gate fails.
+
+    [bold]Examples[/]
+
+    diffpress run quickstart --output demo
+
+    diffpress run dit-int8 model=path/to/pipeline evaluate.features=null gate.frechet_ratio=null --output out
+
+    diffpress run mine.yaml evaluate.samples=2048 --output out --dry-run
+    """
+    from diffpress.compress import runner
+    from diffpress.compress.loading import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], methods=_configs())
+    result = runner.run(loaded, output, dry_run=dry_run, progress=_progress())
+    if dry_run:
+        _err.print("The recipe fits the model and the target; nothing was built.")
+    else:
+        _finish(result.report, result.directory)
+
+
+@app.command()
+def generate(
+    source: Annotated[str, typer.Argument(metavar="DIR|MODEL", help="An artifact, a diffusers folder or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the pictures.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt or a class; may be given several times.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used in turn.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1: none.")] = 3.0,
+) -> None:
+    """Make pictures with an engine or with an original model. Existing pictures are not overwritten.
+
+    [bold]Examples[/]
+
+    diffpress generate demo --output pictures --count 8
+
+    diffpress generate models/emoji-unet --output pictures --prompt "red apple" --seed 7
+    """
+    from diffpress.compress.pictures import generate_pictures
+    from diffpress.generator import SamplingPlan
+
+    plan = SamplingPlan(steps=steps, guidance_scale=guidance_scale)
+    seeds = range(seed, seed + count)
+    files = generate_pictures(source, output, seeds, prompts=prompt, plan=plan, progress=_progress())
+    for file in files:
+        typer.echo(str(file))
+
+
+@app.command()
+def evaluate(directory: Directory) -> None:
+    """Measure the engine in DIR again and write its report anew.
+
+    [bold]Example[/]
+
+    diffpress evaluate demo
+    """
+    from diffpress.compress import runner
+
+    _finish(runner.evaluate(directory, progress=_progress()), directory)
+
+
+@app.command()
+def benchmark(
+    directory: Directory,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved timing rounds.")] = 20,
+) -> None:
+    """Time the engine in DIR beside stock diffusers, in turns. The report is left alone.
+
+    [bold]Example[/]
+
+    diffpress benchmark demo --rounds 50
+    """
+    from diffpress.compress import runner
+
+    _print_latency(runner.measure_latency(directory, rounds=rounds, progress=_progress()))
+
+
+@app.command()
+def check(
+    directory: Directory,
+    baseline: Annotated[
+        Path, typer.Option("--baseline", "-b", metavar="FILE_OR_DIR", help="A report.json, or an artifact folder.")
+    ],
+    strict: Annotated[bool, typer.Option("--strict", help="An undecided outcome fails too.")] = False,
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--margin", metavar="NAME=VALUE", help="frechet, coverage, latent_error or latency, as latency=1.05."
+        ),
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write a summary.")] = None,
+) -> None:
+    """Is DIR no worse than a baseline, in quality and latency?
+
+    Exit code 0 pass, 1 regression, 2 bad input, 3 not comparable, 4 infrastructure.
+
+    [bold]Examples[/]
+
+    diffpress check out --baseline released
+
+    diffpress check out --baseline baseline.json --margin latency=1.05 --junit check.xml --markdown check.md
+    """
+    from diffpress.compress import check as checking
+    from diffpress.compress import check_output
+
+    try:
+        result = checking.check(directory, baseline, margins=checking.read_margins(margin or []))
+    except DiffpressError as error:
+        if junit is not None:
+            junit.write_text(check_output.junit_error(error), encoding="utf-8")
+        raise
+    if junit is not None:
+        junit.write_text(check_output.junit(result, strict=strict), encoding="utf-8")
+    if markdown is not None:
+        markdown.write_text(check_output.markdown(result), encoding="utf-8")
+    _out.print(check_output.table(result))
+    if result.outcome == "undecided" and not strict:
+        _err.print(f"[yellow]warning:[/] {result.sentence}; it counts as passed (--strict makes it fail)")
+    result.require(strict=strict)
+
+
+def _finish(report: Report, directory: Path) -> None:
+    """Print the verdict and where the page is; exit 1 where the gate failed."""
+    color = {"pass": "green", "fail": "red", "undecided": "yellow"}.get(report.verdict.outcome, "bold")
+    _out.print(f"[bold {color}]{report.verdict.outcome}[/]: {report.verdict.headline}", highlight=False, soft_wrap=True)
+    for item in report.verdict.criteria:
+        _out.print(f"  {item.outcome}: {item.sentence}", highlight=False, soft_wrap=True)
+    typer.echo(f"report: {directory / 'report.html'}")
+    if report.verdict.outcome == "fail":
+        raise typer.Exit(1)
+
+
+def _show_artifact(directory: Path) -> None:
+    from diffpress.compress.report import read_report
+
+    report = read_report(directory)
+    rows = [(stage.name, stage.summary, f"{stage.seconds:.1f} s") for stage in report.stages]
+    facts = f"{report.engine.quantized_operators} operators in 8 bits, {report.engine.float_operators} in float"
+    rows.append((f"export {report.engine.target}", facts, f"{report.engine.seconds:.1f} s"))
+    _print_table(("stage", "result", "time"), rows)
+    _out.print(f"{report.verdict.outcome}: {report.verdict.headline}", highlight=False)
+
+
+def _print_latency(rows: Iterable[Latency]) -> None:
+    from diffpress.compress.figures import candidate_name
+    from diffpress.compress.verdict import with_interval
+
+    columns = ("scope", "candidate", "batch", "median, ms", "95 %, ms", "speed-up over eager")
+    lines = (
+        (
+            row.scope,
+            candidate_name(row.candidate),
+            str(row.batch),
+            with_interval(row.median),
+            f"{row.p95_ms:.1f}",
+            with_interval(row.speedup) if row.speedup else "–",
+        )
+        for row in rows
+    )
+    _print_table(columns, lines)
+
+
+def _print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    _out.print(table)
+    _out.print()
+
+
+def _methods() -> dict[str, Any]:
+    from diffpress.compress.methods import METHODS
+
+    return METHODS
+
+
+def _configs() -> dict[str, type]:
+    return {name: stage.Config for name, stage in _methods().items()}
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+def _codes(target: Any) -> str:
+    kind = "symmetric" if target.symmetric else "with zero point"
+    return f"8 bits from {target.activation_low} to {target.activation_high}, {kind}"
+
+
+def _progress() -> RichProgress:
+    from diffpress.compress.progress import RichProgress
+
+    return RichProgress(_err, quiet=_state["quiet"])

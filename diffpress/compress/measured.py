@@ -1,0 +1,99 @@
+"""From replicates, per-image values and timings to rows of a report."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.stats
+
+from diffpress.compress.report import Latency, Metric, PairedMetric, Scope
+from diffpress.errors import ConfigError
+from diffpress.eval.latency import speedups
+from diffpress.eval.metrics import METRICS
+from diffpress.eval.statistics import LEVEL, Estimate, interval, mean_interval, paired_difference, paired_ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import ArrayLike
+
+    from diffpress.eval.latency import Timing
+    from diffpress.eval.statistics import Replicates
+
+logger = logging.getLogger(__name__)
+
+
+def distribution_metric(name: str, original: Replicates, engine: Replicates) -> Metric:
+    """Row of a distance ``name`` of both models to the same reference, samples paired by noise.
+
+    Without a ratio where more is better, or where the original's distance cannot be told from zero.
+    """
+    facts = METRICS[name]
+    ratio = None
+    if facts.direction == "lower":
+        try:
+            ratio = paired_ratio(original, engine)
+        except ConfigError as error:
+            logger.warning("%s: no ratio: %s", facts.title, error)
+    return Metric(
+        name=name,
+        label=facts.title,
+        unit=facts.unit,
+        direction=facts.direction,
+        n=original.n,
+        original=interval(original),
+        engine=interval(engine),
+        difference=paired_difference(original, engine),
+        ratio=ratio,
+    )
+
+
+def paired_metric(name: str, values: ArrayLike, *, label: str | None = None) -> PairedMetric:
+    """Row of metric ``name`` from its value for each pair of pictures, ``[n]``."""
+    facts = METRICS[name]
+    column = np.asarray(values, dtype=np.float64)
+    p5, median, p95 = np.quantile(column, [0.05, 0.5, 0.95])
+    return PairedMetric(
+        name=name,
+        label=label or facts.title,
+        unit=facts.unit,
+        direction=facts.direction,
+        n=len(column),
+        mean=mean_interval(column, unit=facts.unit),
+        median=float(median),
+        p5=float(p5),
+        p95=float(p95),
+    )
+
+
+def latency_rows(
+    timings: Mapping[str, Timing], *, scope: Scope, batch: int, memory_mib: Mapping[str, float] | None = None
+) -> tuple[Latency, ...]:
+    """Rows of candidates that were timed together; speed-ups are over ``eager`` where it is among them."""
+    gains = speedups(timings, baseline="eager") if "eager" in timings else {}
+    return tuple(
+        Latency(
+            scope=scope,
+            candidate=name,
+            batch=batch,
+            median=median_interval(timing.samples_ms, unit="ms"),
+            p95_ms=timing.p95_ms,
+            samples_ms=timing.samples_ms,
+            speedup=gains.get(name),
+            peak_memory_mib=(memory_mib or {}).get(name),
+        )
+        for name, timing in timings.items()
+    )
+
+
+def median_interval(values: Sequence[float], *, unit: str, level: float = LEVEL) -> Estimate:
+    """Median with the interval of the sign test (no assumption on the distribution); the range for very few values."""
+    found = scipy.stats.quantile_test(values, p=0.5).confidence_interval(level)
+    low = min(values) if math.isnan(found.low) else found.low
+    high = max(values) if math.isnan(found.high) else found.high
+    middle = float(np.median(values))
+    n, method = len(values), "order statistics"
+    return Estimate(value=middle, low=float(low), high=float(high), level=level, n=n, unit=unit, method=method)

@@ -1,0 +1,58 @@
+"""Pictures from an artifact's engine or an original model, as files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from diffpress.errors import ConfigError
+from diffpress.export import load
+from diffpress.generator import Generator, SamplingPlan
+from diffpress.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_BATCH = 4  # pictures at once
+
+
+def generate_pictures(
+    source: str,
+    output: Path,
+    seeds: Sequence[int],
+    *,
+    prompts: Sequence[str] | None,
+    plan: SamplingPlan,
+    progress: Progress = SILENT,
+) -> list[Path]:
+    """Sample one picture for each seed into ``output`` and return the files, ``0007-red-apple.png``.
+
+    ``source`` is an artifact folder, or a model that `Generator.load` takes. ``prompts`` (or classes; None: the
+    generator's own) are used in turn. Raises `ConfigError` where a file exists already.
+    """
+    generator = open_generator(source)
+    numbers = generator.conditioning_kind == "class"  # a class may be given by number, a prompt is always text
+    given = None if prompts is None else [int(item) if numbers and item.isdecimal() else item for item in prompts]
+    conditions = generator.conditions(len(seeds), given)
+    files = [output / f"{seed:04d}-{_slug(str(item))}.png" for seed, item in zip(seeds, conditions, strict=True)]
+    taken = [str(file) for file in files if file.exists()]
+    if taken:
+        raise ConfigError(f"these pictures exist and are not overwritten: {', '.join(taken)}; give another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    samples = generator.sample(conditions, seeds=seeds, plan=plan, batch_size=_BATCH, progress=progress)
+    for file, picture in zip(files, samples.images, strict=True):
+        Image.fromarray(picture).save(file)
+    return files
+
+
+def open_generator(source: str) -> Generator:
+    """The generator of an artifact folder, its denoiser run by the engine; else the model called ``source``."""
+    folder = Path(source)
+    return Generator(load(folder)) if (folder / "engine").is_dir() else Generator.load(source)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"

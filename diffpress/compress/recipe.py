@@ -1,0 +1,238 @@
+"""A recipe: which model, which stages in which order, which engine, how it is judged, and what it must reach.
+
+`load_recipe` lives in `loading`; this file holds what a recipe is, where recipes and the paths in them are found, and
+how one is written back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, model_validator
+
+from diffpress.config import config
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
+Baseline = Literal["eager", "medium", "compiled"]
+
+
+@config
+class StageSpec:
+    """One entry of ``stages``: the name of a method and its checked settings."""
+
+    method: str
+    """A name from the methods table, such as ``quantize.int8``."""
+    config: Any
+    """The method's own frozen dataclass."""
+
+
+@config
+class Calibration:
+    """The sampling runs of the original model that are recorded for the stages and for the parity check."""
+
+    samples: Count = 32
+    """Images that are sampled while the denoiser's calls are recorded."""
+    steps: Count | None = None
+    """Sampling steps of a recorded run; null: as in evaluate."""
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    """Classifier-free guidance scale of a recorded run; null: as in evaluate."""
+    batch_size: Count = 8
+    """Images in one recorded run."""
+
+
+@config
+class Export:
+    """The engine that is built."""
+
+    target: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
+    """Run-time that executes the engine."""
+    batch: Literal["dynamic"] | Count = "dynamic"
+    """``dynamic``, or the one batch size (images) that the engine accepts."""
+    height: Pixels | None = None
+    """Image height in pixels; null: the model's own."""
+    width: Pixels | None = None
+    """Image width in pixels; null: the model's own."""
+    providers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Execution providers or devices of the run-time in order of preference; null: the target's default."""
+    opset: Annotated[int, Field(ge=18, le=24)] = 20
+    """ONNX operator set."""
+
+    @model_validator(mode="after")
+    def _both_sides(self) -> Export:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width go together: give both, or neither")
+        return self
+
+
+@config
+class Evaluate:
+    """How the engine is compared with the original; both start from the same noise."""
+
+    samples: Annotated[int, Field(ge=2)] = 256
+    """Images of each model."""
+    batch_size: Count = 32
+    """Images sampled at once."""
+    steps: Count = 20
+    """Sampling steps."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 3.0
+    """Classifier-free guidance scale; 1: no guidance."""
+    scheduler: str | None = None
+    """Name of a diffusers scheduler class; null: the pipeline's own."""
+    prompts: Annotated[tuple[str | int, ...], Field(min_length=1)] | str | None = None
+    """Prompts (text models) or classes (class models), or the path of a text file with one in each line; null: all classes in turn, or the pipeline's own list."""  # noqa: E501
+    features: str | None = None
+    """Feature extractor for the distribution metrics: a folder or hub id, ``inception``, or ``module:package.module:attribute``; null: no such metrics."""  # noqa: E501
+    reference: str | None = None
+    """What both models are measured against: a features file (``file#name`` picks a part) or a folder of images; null: the original's own samples from other seeds."""  # noqa: E501
+    baselines: Annotated[tuple[Baseline, ...], Field(min_length=1)] = ("eager", "medium", "compiled")
+    """Stock diffusers runs beside the engine: eager fp32, matmul precision medium, torch.compile in bf16."""
+    latency_rounds: Annotated[int, Field(ge=3)] = 20
+    """Interleaved timing rounds; each candidate is timed once in a round."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Evaluate:
+        if len(set(self.baselines)) < len(self.baselines):
+            raise ValueError(f"baselines: each at most once, not {', '.join(self.baselines)}")
+        return self
+
+
+@config
+class Gate:
+    """What the engine must reach; null: measured and reported, but not part of the verdict."""
+
+    frechet_ratio: Positive | None = None
+    """Highest allowed Fréchet distance as a multiple of the original's (upper end of the paired interval)."""
+    speedup: Positive | None = None
+    """Least whole-image speed-up over stock diffusers eager fp32 (lower end of the interval)."""
+    latent_error: Positive | None = None
+    """Highest allowed mean relative error of the final latents, same noise (upper end of the interval)."""
+    strict: bool = False
+    """Whether an undecided verdict counts as a failure."""
+
+
+@config
+class Recipe:
+    """From a pretrained model to an engine with a verdict."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """A diffusers folder or hub id. Relative folders are looked for in the working directory, beside the recipe, and in the source checkout."""  # noqa: E501
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; null: the default branch."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of every random number in the run."""
+    calibration: Calibration = Calibration()
+    """Recorded sampling runs of the original model."""
+    stages: tuple[StageSpec, ...] = ()
+    """Methods in the order in which they are applied; empty: only export and evaluate."""
+    export: Export = Export()
+    """The engine that is built."""
+    evaluate: Evaluate = Evaluate()
+    """How the engine is compared with the original."""
+    gate: Gate = Gate()
+    """What the engine must reach."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        wrong = []
+        if self.gate.frechet_ratio is not None and self.evaluate.features is None:
+            wrong.append("gate.frechet_ratio needs evaluate.features: name an extractor, or set the gate to null")
+        if self.gate.speedup is not None and "eager" not in self.evaluate.baselines:
+            wrong.append("gate.speedup needs 'eager' among evaluate.baselines: add it, or set the gate to null")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside the installed package, or at the root of a source checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name to file of every recipe that ships."""
+    return {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def recipe_summary(file: Path) -> str:
+    """The first comment line of a recipe that says what it does (editor directives are skipped)."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and not line.startswith("# yaml-language-server"):
+            return line[2:].strip()
+    return ""
+
+
+def find_path(name: str, *, beside: Path | None = None) -> Path | None:
+    """The existing file or folder called ``name``, or None.
+
+    Looked for in the working directory, in ``beside`` (the recipe's folder), and at the root of a source checkout. What
+    follows a ``#`` names a part of a file.
+    """
+    given = Path(name.partition("#")[0]).expanduser()
+    for folder in (Path(), beside, recipes_folder().parent):
+        if folder is not None and (folder / given).exists():
+            return (folder / given).absolute()
+    return None
+
+
+def portable_path(name: str, *, beside: Path | None = None) -> str:
+    """``name`` so that it is found again from any working directory.
+
+    What lies in the source checkout stays relative (a recipe then means the same on every machine); another existing
+    path becomes absolute; what does not exist (a hub id) is left alone.
+    """
+    found = find_path(name, beside=beside)
+    if found is None:
+        return name
+    checkout, part = recipes_folder().parent, "".join(name.partition("#")[1:])
+    return (found.relative_to(checkout).as_posix() if found.is_relative_to(checkout) else str(found)) + part
+
+
+def read_prompts(prompts: tuple[str | int, ...] | str | None) -> tuple[str | int, ...] | None:
+    """The prompts of a recipe: as listed, or the lines of the text file that they name (blank lines left out)."""
+    if not isinstance(prompts, str):
+        return prompts
+    lines = (find_path(prompts) or Path(prompts)).read_text(encoding="utf-8").splitlines()
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def recipe_data(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON-like data, every default written out, in the order of the fields."""
+    data: dict[str, Any] = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    data["stages"] = [{stage["method"]: stage["config"]} for stage in data["stages"]]
+    return data
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as canonical YAML: equal recipes give equal text, and `load_recipe` reads the same recipe back."""
+    return yaml.safe_dump(recipe_data(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def recipe_schema(methods: dict[str, type]) -> dict[str, Any]:
+    """JSON Schema of recipe files, for editors: completion, hover text and errors while one types.
+
+    ``methods`` maps a method's name to its config class.
+    """
+    ref = "#/$defs/{model}"
+    inputs: list[tuple[str, Any, TypeAdapter[Any]]] = [("", "validation", TypeAdapter(Recipe))]
+    inputs += [(name, "validation", TypeAdapter(methods[name])) for name in sorted(methods)]
+    schemas, shared = TypeAdapter.json_schemas(inputs, ref_template=ref)  # type: ignore[arg-type]
+    definitions = shared["$defs"]
+    recipe = definitions.pop("Recipe")
+    definitions.pop("StageSpec")
+    entries = [
+        {
+            "type": "object",
+            "properties": {name: {"anyOf": [schemas[name, "validation"], {"type": "null"}]}},
+            "required": [name],
+            "additionalProperties": False,
+        }
+        for name in sorted(methods)
+    ]
+    recipe["properties"]["stages"]["items"] = {"oneOf": [{"enum": sorted(methods)}, *entries]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **recipe, "$defs": definitions}

@@ -1,0 +1,217 @@
+"""The parts of a pipeline that become engines, found by watching one real run.
+
+A part is a torch module, one of its methods, and the tensors that went in and out, by name. Running the pipeline once with
+one picture and once with two tells which axes are the batch; a run at another size tells which follow the picture's size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from diffpress.errors import EngineError
+from diffpress.generator import Generator, SamplingPlan, patched
+
+Role = Literal["denoiser", "decoder", "encoder", "text"]
+Free = dict[str, dict[int, str]]  # input name -> axis -> what it follows ("batch", "size")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One engine to be: ``folder`` is its place in the diffusers / optimum layout, ``attribute`` its place in the pipeline."""
+
+    role: Role
+    folder: str
+    attribute: str
+    method: str
+    inputs: dict[str, Any]
+    """Recorded inputs by argument name; nested ones are pytrees of tensors."""
+    constants: dict[str, Any]
+    """Other arguments of the recorded call."""
+    outputs: dict[str, Tensor]
+    free: Free
+    """Axes that differ between recordings, by flattened input name."""
+
+    def flat_inputs(self) -> dict[str, Tensor]:
+        """Recorded tensors by the name they have in the graph."""
+        return flatten_inputs(self.inputs)
+
+
+def flatten_inputs(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of nested arguments by their own key (optimum's convention), or argument.index in a list."""
+    flat: dict[str, Tensor] = {}
+    for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
+        if isinstance(leaf, Tensor):
+            last = path[-1]
+            name = last.key if isinstance(last, pytree.MappingKey) else f"{path[0].key}.{last.idx}"
+            flat[name] = leaf.float() if name == "timestep" else leaf  # schedulers give integers or fractions
+    return flat
+
+
+def flatten_outputs(role: Role, output: Any) -> dict[str, Tensor]:
+    """Output tensors by the names that optimum gives them."""
+    if role == "text":
+        named: dict[str, Tensor] = {}
+        for key, value in output.items():
+            if isinstance(value, tuple):
+                named |= {f"{key}.{index}": item for index, item in enumerate(value)}
+            elif isinstance(value, Tensor):
+                named[key] = value
+        return named
+    if role == "encoder":
+        return {"latent_parameters": output.latent_dist.parameters}
+    tensor = output[0] if isinstance(output, tuple) else output.sample
+    return {"out_sample" if role == "denoiser" else "sample": tensor}
+
+
+def _spy(module: Any, method: str, seen: list[tuple[dict[str, Any], Any]]) -> AbstractContextManager[None]:
+    """Record (arguments by name, output) of the first call of module.method inside the block."""
+    original = getattr(module, method)
+    signature = inspect.signature(original)
+
+    def spying(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if not seen:
+            bound = dict(signature.bind(*args, **kwargs).arguments)
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    bound |= bound.pop(name, {})
+            seen.append((pytree.tree_map_only(Tensor, Tensor.clone, bound), output))
+        return output
+
+    return patched(module, method, spying)
+
+
+@dataclass(frozen=True)
+class _Part:
+    role: Role
+    folder: str
+    attribute: str
+    method: str
+
+
+def _parts(generator: Generator) -> list[_Part]:
+    pipeline = generator.pipeline
+    parts = [
+        _Part("text", name, name, "forward")
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
+        if isinstance(getattr(pipeline, name, None), nn.Module)
+    ]
+    parts.append(_Part("denoiser", generator.denoiser_name, generator.denoiser_name, "forward"))
+    if getattr(pipeline, "vae", None) is not None:
+        parts.append(_Part("decoder", "vae_decoder", "vae", "decode"))
+    return parts
+
+
+def _watch_once(
+    generator: Generator, parts: list[_Part], conditions: Sequence[Any], plan: SamplingPlan
+) -> dict[str, tuple]:
+    seen: dict[str, list] = {part.folder: [] for part in parts}
+    with torch.no_grad(), ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(_spy(getattr(generator.pipeline, part.attribute), part.method, seen[part.folder]))
+        generator.sample(conditions, seeds=range(len(conditions)), plan=plan, batch_size=len(conditions))
+    missing = [name for name, calls in seen.items() if not calls]
+    if missing:
+        raise EngineError(f"{', '.join(missing)}: not called in a sampling run, so there is nothing to export from")
+    return {name: calls[0] for name, calls in seen.items()}
+
+
+def find_components(
+    generator: Generator, conditions: Sequence[Any], plan: SamplingPlan, *, batch: int | None, any_size: bool
+) -> list[Component]:
+    """Record the pipeline's parts. ``batch`` None leaves the batch free; ``any_size`` leaves height and width free.
+
+    Raises EngineError when a part is never called, or the generator has a fixed size but ``any_size`` is asked for.
+    """
+    parts, short = _parts(generator), replace(plan, steps=min(plan.steps, 2))
+    pool = [conditions[index % len(conditions)] for index in range(max(2, batch or 2))]
+    main = _watch_once(generator, parts, pool[: batch or 2], short)
+    others: dict[str, dict[str, tuple]] = {}
+    if batch is None:
+        others["batch"] = _watch_once(generator, parts, pool[:1], short)
+    if any_size:
+        others["size"] = _watch_once(generator, parts, pool[: batch or 2], _another_size(generator, short))
+    found = [
+        _component(part, main[part.folder], {key: run[part.folder] for key, run in others.items()}) for part in parts
+    ]
+    decoder = next((component for component in found if component.role == "decoder"), None)
+    if decoder is not None and hasattr(generator.pipeline.vae, "encode"):
+        found.append(_encoder(generator, decoder))
+    return found
+
+
+def _another_size(generator: Generator, plan: SamplingPlan) -> SamplingPlan:
+    if not generator.can_resize:
+        raise EngineError(
+            f"size 'dynamic' is asked for, but {type(generator.pipeline).__name__} has a fixed size; allowed: static"
+        )
+    height, width = generator.default_size
+    return replace(plan, height=(plan.height or height) * 2, width=(plan.width or width) * 2)
+
+
+def _component(part: _Part, main: tuple, others: dict[str, tuple]) -> Component:
+    arguments, output = main
+    inputs = {
+        name: value
+        for name, value in arguments.items()
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    }
+    constants = {
+        name: value
+        for name, value in arguments.items()
+        if name not in inputs and value is not None and name != "generator"
+    }
+    flat, free = flatten_inputs(inputs), {}
+    for name, tensor in flat.items():
+        axes: dict[int, str] = {}
+        for what, (other_arguments, _) in others.items():
+            other = flatten_inputs({key: other_arguments[key] for key in inputs})[name]
+            axes |= {axis: what for axis, size in enumerate(other.shape) if size != tensor.shape[axis]}
+        free[name] = axes
+    return Component(
+        part.role, part.folder, part.attribute, part.method, inputs, constants, flatten_outputs(part.role, output), free
+    )
+
+
+def _encoder(generator: Generator, decoder: Component) -> Component:
+    """The autoencoder's encoder, on the pictures that the decoder gave: no text-to-image run calls it."""
+    picture = decoder.outputs["sample"].detach().clamp(-1, 1)
+    with torch.no_grad():
+        output = generator.pipeline.vae.encode(picture)
+    free = {"sample": next(iter(decoder.free.values()))}
+    return Component(
+        "encoder", "vae_encoder", "vae", "encode", {"sample": picture}, {}, flatten_outputs("encoder", output), free
+    )
+
+
+class Flat(nn.Module):
+    """A component as a function of flat tensors to a tuple of tensors: what the exporter traces."""
+
+    def __init__(self, module: nn.Module, component: Component) -> None:
+        super().__init__()
+        self.module = module
+        self.role, self.constants = component.role, {**component.constants, "return_dict": True}
+        self.call: Callable[..., Any] = getattr(module, component.method)
+        leaves, self.tree = pytree.tree_flatten(component.inputs)
+        self.positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.names = [*component.inputs]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(self.rest)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        arguments = pytree.tree_unflatten(leaves, self.tree)
+        if self.role in ("decoder", "encoder"):  # their tensor argument is z in one class, x in another
+            output = self.call(next(iter(arguments.values())), **self.constants)
+        else:
+            output = self.call(**arguments, **self.constants)
+        return tuple(flatten_outputs(self.role, output).values())

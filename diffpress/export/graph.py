@@ -1,0 +1,109 @@
+"""From a torch module to an ONNX file: torch's dynamo exporter, then small clean-ups on the graph."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from diffpress.errors import EngineError
+from diffpress.export.components import Free
+
+EXTERNAL_FROM = 1 << 30  # bytes of weights from which they go to a file of their own; protobuf ends at 2 GiB
+QUANTIZED_OPS = ("MatMulInteger", "DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear")
+
+
+def export_graph(
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    outputs: list[str],
+    path: Path,
+    *,
+    free: Free,
+    opset: int,
+) -> None:
+    """Write ``module`` as ``path`` (and ``path``.data when large).
+
+    ``free`` names the axes left dynamic, by input. The same module gives the same bytes: what the exporter notes about
+    source files and call stacks is left out. Raises EngineError when the exporter cannot trace the module.
+    """
+    shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in free.get(name, {})} for name in inputs)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                module,
+                tuple(inputs.values()),
+                dynamo=True,
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_shapes={"tensors": shapes},
+                opset_version=opset,
+            )
+        except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
+            raise EngineError(f"{path.parent.name}: torch.onnx cannot export it: {error}") from error
+    assert program is not None
+    model = program.model
+    clean(model)
+    _name_axes(model, free)
+    large = (
+        sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+        > EXTERNAL_FROM
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, path, external_data=f"{path.name}.data" if large else None)
+
+
+def clean(model: ir.Model) -> None:
+    """Drop notes on the exporting machine (stack traces, module paths) and give nodes and values short stable names."""
+    model.doc_string, model.producer_name, model.producer_version = None, "diffpress", None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for index, node in enumerate(model.graph.all_nodes()):
+        node.metadata_props.clear()
+        node.doc_string = None
+        node.name = f"{node.op_type}_{index}"
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _name_axes(model: ir.Model, free: Free) -> None:
+    """Call the free axes by what they follow, so that a run-time's message can be read."""
+    for value in model.graph.inputs:
+        axes = free.get(value.name or "", {})
+        if axes and value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    f"{axes[axis]}_{axis}" if axes.get(axis) == "size" else axes.get(axis, size)
+                    for axis, size in enumerate(value.shape)
+                ]
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's narration off the terminal and its known harmless warnings out of the log."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def count_ops(path: Path) -> Counter[str]:
+    """How many nodes of each operator the file holds (weights are not read)."""
+    return Counter(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node)

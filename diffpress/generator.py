@@ -1,0 +1,387 @@
+"""A pretrained generator: load, condition, sample, watch its denoiser, save.
+
+Works for every diffusers pipeline whose denoiser is called ``transformer`` or ``unet``. What differs between families
+is read from the pipeline itself: its call signature says how it is conditioned, and recorded denoiser calls of real
+sampling runs say which inputs the network takes. So calibration and export need no code for each family.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffpress.checkpoint import fetch, verify
+from diffpress.config import config
+from diffpress.diffusion import Schedule, read_schedule
+from diffpress.errors import CheckpointError, ConfigError
+from diffpress.progress import SILENT, Progress
+
+logger = logging.getLogger(__name__)
+
+Conditioning = Literal["class", "text", "unconditional"]
+_CONDITION_ARGUMENT = {"class": "class_labels", "text": "prompt"}
+
+
+@config
+class SamplingPlan:
+    """How pictures are drawn."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Denoiser calls for one picture, guidance counted once."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 4.0
+    """Classifier-free guidance in the diffusers convention; 1 means none."""
+    height: Annotated[int, Field(ge=8)] | None = None
+    """Pixels; None is the generator's own."""
+    width: Annotated[int, Field(ge=8)] | None = None
+    """Pixels; None is the generator's own."""
+    scheduler: str | None = None
+    """Name of a diffusers scheduler class; None is the generator's own."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call of the denoiser: tensor inputs by name (nested ones as pytrees), other inputs, the output."""
+
+    inputs: dict[str, Any]
+    constants: dict[str, Any]
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures uint8 [n, h, w, 3] and the final latents float32 [n, c, h', w'] (None without an autoencoder)."""
+
+    images: np.ndarray
+    latents: np.ndarray | None
+
+
+class _Enough(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a sampling run from within a hook."""
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep the bars and notices of diffusers and transformers off the terminal while they load."""
+    tools = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(tool.get_verbosity(), tool.is_progress_bar_enabled()) for tool in tools]
+    for tool in tools:
+        tool.set_verbosity_error()
+        tool.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for tool, (verbosity, bars) in zip(tools, before, strict=True):
+            tool.set_verbosity(verbosity)
+            if bars:
+                tool.enable_progress_bar()
+
+
+@contextmanager
+def patched(target: Any, name: str, replacement: Any) -> Iterator[None]:
+    """Give one object another method for the length of the block; nests."""
+    before = vars(target).get(name)
+    object.__setattr__(target, name, replacement)
+    try:
+        yield
+    finally:
+        if before is None:
+            object.__delattr__(target, name)
+        else:
+            object.__setattr__(target, name, before)
+
+
+class Generator:
+    """A diffusers pipeline with a denoiser, and the folder its weights came from."""
+
+    def __init__(self, pipeline: diffusers.DiffusionPipeline, source: Path | None = None) -> None:
+        """Raises CheckpointError for a pipeline without a known denoiser or way of conditioning."""
+        self.pipeline = pipeline
+        self.source = source
+        names = [name for name in ("transformer", "unet") if getattr(pipeline, name, None) is not None]
+        if not names:
+            have = ", ".join(sorted(pipeline.components))
+            raise CheckpointError(f"{type(pipeline).__name__} has no 'transformer' or 'unet'; its parts are {have}")
+        self.denoiser_name = names[0]
+        self._arguments = inspect.signature(type(pipeline).__call__).parameters
+        self.conditioning_kind  # noqa: B018 - an unknown family is refused here
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> Generator:
+        """Load a folder or hub id in the diffusers layout, safetensors only.
+
+        Raises CheckpointError when it is missing, truncated, holds pickles, asks for remote code that
+        ``trust_remote_code`` does not allow, or is of an unknown family.
+        """
+        folder = fetch(str(source), revision=revision)
+        verify(folder, trust_remote_code=trust_remote_code)
+        try:
+            with quiet_loading():
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                    str(folder),
+                    dtype=dtype,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=trust_remote_code,
+                    low_cpu_mem_usage=False,
+                )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+            raise CheckpointError(f"{folder}: diffusers cannot load it: {error}") from error
+        return cls(pipeline, folder)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def conditioning_kind(self) -> Conditioning:
+        """Whether pictures are asked for by class, by text, or not at all."""
+        for kind, argument in _CONDITION_ARGUMENT.items():
+            if argument in self._arguments:
+                return kind  # type: ignore[return-value]
+        if "batch_size" in self._arguments:
+            return "unconditional"
+        raise CheckpointError(
+            f"{type(self.pipeline).__name__} is called with ({', '.join(self._arguments)}); "
+            "a generator takes class_labels, prompt or batch_size"
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        """Parameterization, alphas and sigmas of the training schedule; CheckpointError where they are not known."""
+        return read_schedule(self.pipeline.scheduler)
+
+    def conditions(self, count: int, given: Sequence[Any] | None = None) -> list[Any]:
+        """``count`` conditions, cycling through ``given`` or, without it, all classes or a list of general prompts.
+
+        Raises ConfigError for an empty list, prompts that are not text, or classes that do not exist.
+        """
+        if count < 1:
+            raise ConfigError(f"count of conditions is {count}; allowed: 1 and more")
+        pool = list(given) if given is not None else self._own_conditions()
+        if not pool:
+            raise ConfigError("the list of prompts or classes is empty")
+        return [self._check_condition(pool[index % len(pool)]) for index in range(count)]
+
+    def _own_conditions(self) -> list[Any]:
+        if self.conditioning_kind == "class":
+            return sorted(set(self._labels().values())) or list(range(self._class_count()))
+        if self.conditioning_kind == "text":
+            return resources.files("diffpress").joinpath("prompts.txt").read_text("utf8").splitlines()
+        return [None]
+
+    def _labels(self) -> dict[str, int]:
+        return getattr(self.pipeline, "labels", {})
+
+    def _class_count(self) -> int:
+        return int(getattr(self.denoiser.config, "num_embeds_ada_norm", None) or 1000)
+
+    def _check_condition(self, condition: Any) -> Any:
+        if self.conditioning_kind == "text" and not isinstance(condition, str):
+            raise ConfigError(f"prompt {condition!r} is {type(condition).__name__}; allowed: text")
+        if self.conditioning_kind == "class":
+            labels = self._labels()
+            if isinstance(condition, str):
+                if condition not in labels:
+                    raise ConfigError(
+                        f"class {condition!r} is not one of {', '.join(labels) or 'the (unnamed) classes'}"
+                    )
+                return labels[condition]
+            if (
+                isinstance(condition, bool)
+                or not isinstance(condition, int)
+                or not 0 <= condition < self._class_count()
+            ):
+                raise ConfigError(f"class {condition!r} is not a name or a number from 0 to {self._class_count() - 1}")
+        return condition
+
+    def use_scheduler(self, name: str | None) -> None:
+        """Replace the scheduler by the diffusers class ``name``, from the same config; None keeps it."""
+        if name is None or type(self.pipeline.scheduler).__name__ == name:
+            return
+        found = getattr(diffusers, name, None)
+        if found is None or not hasattr(found, "from_config"):
+            known = ", ".join(type_.__name__ for type_ in self.pipeline.scheduler.compatibles)
+            raise ConfigError(f"scheduler {name!r} is not in diffusers; this generator can use {known}")
+        self.pipeline.scheduler = found.from_config(self.pipeline.scheduler.config)
+
+    @property
+    def can_resize(self) -> bool:
+        """Whether pictures of other sizes than `default_size` can be asked for."""
+        return "height" in self._arguments
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels, when nothing is said."""
+        size = self.denoiser.config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        vae = getattr(self.pipeline, "vae", None)
+        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        return int(height) * factor, int(width) * factor
+
+    def _call_arguments(self, conditions: Sequence[Any], seeds: Sequence[int], plan: SamplingPlan) -> dict[str, Any]:
+        kind = self.conditioning_kind
+        arguments: dict[str, Any] = {
+            "num_inference_steps": plan.steps,
+            "generator": [torch.Generator().manual_seed(int(seed)) for seed in seeds],
+            "output_type": "np",
+        }
+        arguments |= (
+            {"batch_size": len(conditions)}
+            if kind == "unconditional"
+            else {_CONDITION_ARGUMENT[kind]: list(conditions)}
+        )
+        for name in ("guidance_scale", "height", "width"):
+            value = getattr(plan, name)
+            if value is not None and name in self._arguments:
+                arguments[name] = value
+            elif value is not None and name != "guidance_scale":
+                raise ConfigError(
+                    f"{name} is {value}, but {type(self.pipeline).__name__} has a fixed size; allowed: null"
+                )
+        return arguments
+
+    def sample(
+        self,
+        conditions: Sequence[Any],
+        *,
+        seeds: Sequence[int],
+        plan: SamplingPlan,
+        batch_size: int = 16,
+        progress: Progress = SILENT,
+        label: str = "Sampling",
+    ) -> Samples:
+        """One picture for each condition, its noise from the seed beside it: the batch size changes neither.
+
+        Raises ConfigError when the two lists differ in length.
+        """
+        if len(conditions) != len(seeds):
+            raise ConfigError(f"{len(conditions)} conditions but {len(seeds)} seeds; allowed: one seed for each")
+        self.use_scheduler(plan.scheduler)
+        images, latents = [], []
+        with progress.task(label, total=len(conditions)) as advance:
+            for start in range(0, len(conditions), batch_size):
+                part = slice(start, start + batch_size)
+                with torch.no_grad(), self._decoded() as caught:
+                    output = self.pipeline(**self._call_arguments(conditions[part], seeds[part], plan))
+                images.append(_to_uint8(output.images))
+                latents += [latent.float().cpu().numpy() for latent in caught]
+                advance(len(images[-1]))
+        return Samples(np.concatenate(images), np.concatenate(latents) if latents else None)
+
+    @contextmanager
+    def _decoded(self) -> Iterator[list[Tensor]]:
+        """Collect what the autoencoder is given to decode; undone on exit."""
+        caught: list[Tensor] = []
+        vae = getattr(self.pipeline, "vae", None)
+        if vae is None:
+            yield caught
+            return
+        decode = vae.decode
+
+        def catching(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+            caught.append(z)
+            return decode(z, *args, **kwargs)
+
+        with patched(vae, "decode", catching):
+            yield caught
+
+    @contextmanager
+    def watch(self, see: Callable[[Call], None]) -> Iterator[None]:
+        """Show every denoiser call made inside the block to ``see``; nothing is kept, so any length streams."""
+        parameters = list(inspect.signature(self.denoiser.forward).parameters)
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            bound = dict(zip(parameters, args, strict=False)) | kwargs
+            inputs = {name: value for name, value in bound.items() if _has_tensor(value)}
+            constants = {name: value for name, value in bound.items() if name not in inputs and value is not None}
+            see(Call(inputs, constants, output[0] if isinstance(output, tuple) else output.sample))
+
+        handle = self.denoiser.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def record(
+        self, conditions: Sequence[Any], *, seeds: Sequence[int], plan: SamplingPlan, limit: int | None = None
+    ) -> list[Call]:
+        """The first ``limit`` denoiser calls (all without it) of one sampling run of the whole batch, copied."""
+        calls: list[Call] = []
+
+        def see(call: Call) -> None:
+            copied = torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, call.inputs)
+            calls.append(replace(call, inputs=copied, output=call.output.clone()))
+            if limit is not None and len(calls) >= limit:
+                raise _Enough
+
+        self.use_scheduler(plan.scheduler)
+        with torch.no_grad(), self.watch(see):
+            with suppress(_Enough):
+                self.pipeline(**self._call_arguments(conditions, seeds, plan))
+        return calls
+
+    def conditioning(
+        self, conditions: Sequence[Any], plan: SamplingPlan
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Denoiser inputs of the conditional and the unconditional branch; None where guidance adds no batch.
+
+        Families differ in which half of a guided batch is which: the half equal to an unguided run is conditional.
+        """
+        seeds = range(len(conditions))
+        plain = self.record(conditions, seeds=seeds, plan=replace(plan, guidance_scale=1.0), limit=1)[0].inputs
+        guided = self.record(
+            conditions, seeds=seeds, plan=replace(plan, guidance_scale=max(plan.guidance_scale, 2.0)), limit=1
+        )[0].inputs
+        names = [name for name in plain if name != next(iter(plain)) and "timestep" not in name]
+        alone = {name: plain[name] for name in names}
+        size, full = len(next(iter(plain.values()))), len(next(iter(guided.values())))
+        if full != 2 * size:
+            return alone, None
+        halves = [{name: _half(guided[name], size, first) for name in names} for first in (True, False)]
+        return alone, halves[1] if _equal(halves[0], alone) else halves[0]
+
+    def save(self, folder: Path) -> None:
+        """Write the pipeline in the stock diffusers layout, safetensors only."""
+        self.pipeline.save_pretrained(str(folder), safe_serialization=True)
+
+
+def _half(value: Any, size: int, first: bool) -> Any:
+    part = slice(0, size) if first else slice(size, None)
+    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor[part], value)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    pairs = zip(torch.utils._pytree.tree_leaves(left), torch.utils._pytree.tree_leaves(right), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(value))
+
+
+def _to_uint8(images: Any) -> np.ndarray:
+    """Float [n, h, w, c] in [0, 1] to uint8 [n, h, w, 3], rounded."""
+    array = np.asarray(images)
+    array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+    return np.round(array.clip(0, 1) * 255).astype(np.uint8)

@@ -1,0 +1,193 @@
+"""Layers with 8-bit weights and activations: fake quantization in torch, Q/DQ nodes in an export.
+
+Both come from the same integers and scales. Weights are symmetric with one scale for each output channel and are kept as
+int8; a Linear keeps them as [in, out], so that the exported MatMul reads them without a Transpose in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffpress.targets import Target
+
+QDQ_OPSET = 19
+
+
+def weight_codes(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """q = round(W / s) in [-127, 127] with s = max|W| / 127 over every axis but ``axis``; returns (int8 q, float32 s).
+
+    A channel of zeros gets scale 1.
+    """
+    others = [dim for dim in range(weight.ndim) if dim != axis]
+    peak = weight.float().abs().amax(dim=others)
+    scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
+    codes = (weight.float() / _along(scale, weight.ndim, axis)).round().clamp(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def activation_step(low: float, high: float, target: Target) -> tuple[float, int]:
+    """(scale, zero point) that put [low, high] on the target's codes; low <= 0 <= high.
+
+    Asymmetric: s = (high - low) / 255, z = round(code_min - low / s). Symmetric: s = max(-low, high) / 127, z = 0.
+    """
+    if target.symmetric:
+        return max(-low, high, 1e-12) / target.activation_high, 0
+    scale = max(high - low, 1e-12) / (target.activation_high - target.activation_low)
+    return scale, int(
+        min(max(round(target.activation_low - low / scale), target.activation_low), target.activation_high)
+    )
+
+
+def _along(values: Tensor, ndim: int, axis: int) -> Tensor:
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+class Activation(nn.Module):
+    """Quantizes and dequantizes its input per tensor: with a fixed scale, or (``dynamic``) with each input's own range."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, target: Target, *, dynamic: bool = False) -> None:
+        super().__init__()
+        self.dynamic = dynamic
+        self.bounds = (target.activation_low, target.activation_high)
+        self.dtype = torch.int8 if target.symmetric else torch.uint8
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=self.dtype))
+
+    def set_range(self, low: float, high: float, target: Target) -> None:
+        scale, zero_point = activation_step(low, high, target)
+        self.scale.fill_(scale)
+        self.zero_point.fill_(zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point = self._own_range(x) if self.dynamic else (self.scale, self.zero_point.float())
+        codes = (x.float() / scale).round().add(zero_point).clamp(*self.bounds)
+        return ((codes - zero_point) * scale).to(x.dtype)
+
+    def _own_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """ONNX DynamicQuantizeLinear: the range of x with zero taken in, on 0..255."""
+        low, high = x.float().amin().clamp(max=0), x.float().amax().clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=1e-12)
+        return scale, (-low / scale).round().clamp(0, 255)
+
+    def export(self, x: Tensor) -> Tensor:
+        """QuantizeLinear and DequantizeLinear nodes around x."""
+        codes = torch.onnx.ops.symbolic(
+            "QuantizeLinear", (x, self.scale, self.zero_point), dtype=self.dtype, shape=x.shape, version=QDQ_OPSET
+        )
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", (codes, self.scale, self.zero_point), dtype=x.dtype, shape=x.shape, version=QDQ_OPSET
+        )
+
+
+class QuantizedLayer(nn.Module):
+    """What the two layers share: int8 weight codes with their scales, the activation quantizer, the bias."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    axis: int
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, activation: Activation) -> None:
+        super().__init__()
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self.activation = activation
+
+    def dequantized(self) -> Tensor:
+        """The weight that the layer really uses, float32, in the stored layout."""
+        return self.weight.float() * _along(self.weight_scale, self.weight.ndim, self.axis)
+
+    def _export_weight(self) -> Tensor:
+        zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int8)
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            (self.weight, self.weight_scale, zero_point),
+            attrs={"axis": self.axis},
+            dtype=torch.float32,
+            shape=self.weight.shape,
+            version=QDQ_OPSET,
+        )
+
+
+class QuantizedLinear(QuantizedLayer):
+    """y = Q(x) Q(W) + b with W stored as [in, out]."""
+
+    axis = 1
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, activation: Activation) -> QuantizedLinear:
+        codes, scale = weight_codes(layer.weight.detach().T.contiguous(), axis=1)
+        return cls(codes, scale, layer.bias, activation)
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        if not torch.onnx.is_in_onnx_export():
+            return F.linear(self.activation(x), self.dequantized().T.to(x.dtype), self.bias)
+        product = (
+            self._export_dynamic(x) if self.activation.dynamic else self.activation.export(x) @ self._export_weight()
+        )
+        return product if self.bias is None else product + self.bias
+
+    def _export_dynamic(self, x: Tensor) -> Tensor:
+        """DynamicQuantizeLinear, MatMulInteger, and one multiplication by both scales: ONNX Runtime fuses the three."""
+        codes, scale, zero_point = torch.onnx.ops.symbolic_multi_out(
+            "DynamicQuantizeLinear",
+            (x,),
+            dtypes=(torch.uint8, torch.float32, torch.uint8),
+            shapes=(x.shape, (), ()),
+            version=11,
+        )
+        out_shape = (*x.shape[:-1], self.weight.shape[1])
+        product = torch.onnx.ops.symbolic(
+            "MatMulInteger",
+            (codes, self.weight, zero_point, torch.zeros((), dtype=torch.int8)),
+            dtype=torch.int32,
+            shape=out_shape,
+            version=10,
+        )
+        return product.to(torch.float32) * (scale * self.weight_scale)
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """A convolution with 8-bit weights [out, in / groups, kh, kw] and input."""
+
+    axis = 0
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None, activation: Activation, geometry: dict[str, Any]
+    ) -> None:
+        super().__init__(codes, scale, bias, activation)
+        self.geometry = geometry
+
+    @staticmethod
+    def geometry_of(layer: nn.Conv2d) -> dict[str, Any]:
+        names = ("stride", "padding", "dilation", "groups")
+        return {name: getattr(layer, name) for name in names}
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d, activation: Activation) -> QuantizedConv2d:
+        codes, scale = weight_codes(layer.weight.detach(), axis=0)
+        return cls(codes, scale, layer.bias, activation, cls.geometry_of(layer))
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        exporting = torch.onnx.is_in_onnx_export()
+        inputs = self.activation.export(x) if exporting else self.activation(x)
+        weight = self._export_weight() if exporting else self.dequantized().to(x.dtype)
+        return F.conv2d(inputs, weight, self.bias, **self.geometry)
+
+
+def quantized(layer: nn.Module, activation: Activation) -> QuantizedLayer:
+    """The 8-bit twin of a Linear or Conv2d (LoRA-compatible subclasses of them included, LoRA layers excluded)."""
+    if isinstance(layer, nn.Linear):
+        return QuantizedLinear.from_float(layer, activation)
+    assert isinstance(layer, nn.Conv2d)
+    return QuantizedConv2d.from_float(layer, activation)

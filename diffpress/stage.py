@@ -1,0 +1,60 @@
+"""The contract of a compression stage, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from diffpress.generator import Generator, SamplingPlan
+from diffpress.progress import SILENT, Progress
+from diffpress.targets import Target
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage may use: the target it compresses for, and the sampling runs it calibrates on."""
+
+    target: Target
+    conditions: Sequence[Any]
+    seeds: Sequence[int]
+    plan: SamplingPlan
+    batch_size: int = 8
+    progress: Progress = field(default=SILENT)
+
+    def run(self, generator: Generator, label: str) -> None:
+        """Sample every condition over the whole schedule, both guidance branches; hooks see the calls, nothing is kept."""
+        generator.sample(
+            self.conditions,
+            seeds=self.seeds,
+            plan=self.plan,
+            batch_size=self.batch_size,
+            progress=self.progress,
+            label=label,
+        )
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The generator after a stage, and what `Stage.restore` needs to rebuild its structure (JSON-able)."""
+
+    generator: Generator
+    metadata: dict[str, Any]
+
+
+class Stage(Protocol):
+    """One step of a recipe. ``check`` is cheap and raises ConfigError; ``apply`` does the work in place and may calibrate."""
+
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any) -> None: ...
+
+    def check(self, generator: Generator, target: Target) -> None:
+        """Refuse, before any heavy work, what cannot be done."""
+
+    def apply(self, generator: Generator, context: Context) -> Applied:
+        """Compress the denoiser of ``generator``."""
+
+    @staticmethod
+    def restore(generator: Generator, metadata: dict[str, Any]) -> None:
+        """Give the denoiser the structure it had after ``apply``; weights are loaded afterwards."""

@@ -1,0 +1,216 @@
+"""The command line: help, listing, copying, validating, errors and exit codes."""
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from diffpress.__main__ import explain, require_versions, run
+from diffpress.compress import cli, pictures
+from diffpress.compress.progress import RichProgress
+from diffpress.errors import ArtifactError, ConfigError, InfrastructureError, NotComparableError, RegressionError
+from diffpress.generator import SamplingPlan
+from diffpress.progress import SILENT
+
+COMMANDS = ("ls", "cp", "validate", "run", "generate", "evaluate", "benchmark", "check")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+
+
+def test_version_answers_at_once():
+    def once():
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "diffpress", "--version"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith("diffpress 0.")
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(3)) < 0.3
+
+
+def test_importing_diffpress_stays_light():
+    code = (
+        "import sys, diffpress.__main__; sys.exit(any(name in sys.modules for name in ('torch', 'typer', 'pydantic')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_has_an_example_for_every_command():
+    overview = invoke("--help").output
+    for name in COMMANDS:
+        assert name in overview
+        text = invoke(name, "--help").output
+        assert f"diffpress {name}" in text.replace("Usage: diffpress", ""), name
+
+
+def test_ls_shows_recipes_methods_and_targets():
+    text = invoke("ls").output
+    for name in ("quickstart", "unet-int8", "quantize.int8", "quantize.smooth", "onnxruntime", "tensorrt"):
+        assert name in text
+
+
+def test_ls_of_an_artifact(tmp_path):
+    from fabricated import fabricate
+
+    from diffpress.compress.report import report_json
+
+    (tmp_path / "report.json").write_text(report_json(fabricate()), encoding="utf-8")
+    text = invoke("ls", str(tmp_path)).output
+    assert "quantize.int8" in text
+    assert "74 operators in 8 bits" in text
+    with pytest.raises(ArtifactError):
+        invoke("ls", str(tmp_path / "nothing"))
+
+
+def test_cp_copies_and_never_overwrites(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke("cp", "quickstart").exit_code == 0
+    assert "quantize.int8" in (tmp_path / "quickstart.yaml").read_text(encoding="utf-8")
+    (tmp_path / "quickstart.yaml").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not overwritten"):
+        invoke("cp", "quickstart")
+    assert (tmp_path / "quickstart.yaml").read_text(encoding="utf-8") == "mine"
+    assert run(["cp", "quickstart", "other.yaml"]) == 0
+    assert run(["validate", "other.yaml"]) == 0
+
+
+def test_validate_prints_the_resolved_recipe(capsys):
+    assert run(["validate", "quickstart", "evaluate.samples=64"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["evaluate"]["samples"] == 64
+
+
+def test_validate_tells_all_errors(capsys, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("model: x\nseed: -1\nsead: 1\n", encoding="utf-8")
+    assert run(["validate", str(file), "export.opset=3"]) == 2
+    text = capsys.readouterr().err
+    assert "bad.yaml:2: seed = -1" in text
+    assert "bad.yaml:3: unknown key 'sead': did you mean 'seed'?" in text
+    assert "override 'export.opset=3'" in text
+    assert run(["validate"]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], ["run"], ["run", "quickstart"], ["run", "nowhere", "-o", "x"], ["check"]]
+)
+def test_bad_command_lines_exit_2_without_traceback(arguments, capsys):
+    assert run(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError("the value 3 is not allowed"), 2, "the value 3"),
+        (RegressionError("slower"), 1, "slower"),
+        (NotComparableError("other machine"), 3, "other machine"),
+        (InfrastructureError("lost"), 4, "lost"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), 4, "No space left on device: out/x"),
+        (OSError(errno.EROFS, "Read-only file system", "out"), 4, "Read-only file system: out"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 4, "Permission denied: out"),
+        (MemoryError(), 4, "out of memory"),
+        (RuntimeError("write failed: No space left on device (os error 28)"), 4, "no space left"),
+        (ImportError("No module named 'onnx'"), 2, "missing or broken"),
+        (KeyError("x"), 70, "a bug of diffpress: KeyError"),
+    ],
+)
+def test_every_error_has_one_message_and_a_code(monkeypatch, capsys, error, code, text):
+    def main(arguments, prog_name):
+        raise error
+
+    assert explain(error)[1] == code
+    monkeypatch.setattr(cli, "command", lambda: SimpleNamespace(main=main))
+    assert run(["run"]) == code
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert "Traceback" not in shown
+    assert run(["run", "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    def main(arguments, prog_name):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "command", lambda: SimpleNamespace(main=main))
+    assert run(["run"]) == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_flags_may_stand_anywhere(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        cli, "command", lambda: SimpleNamespace(main=lambda arguments, prog_name: seen.append(arguments))
+    )
+    assert run(["run", "x", "--quiet", "-o", "d", "--debug"]) == 0
+    assert seen == [["--quiet", "--debug", "run", "x", "-o", "d"]]
+
+
+def test_old_packages_are_named(monkeypatch):
+    monkeypatch.setattr(
+        metadata, "requires", lambda name: ["torch>=999", "nosuchpackage>=1", 'pytest>=999; extra == "dev"']
+    )
+    with pytest.raises(ConfigError) as caught:
+        require_versions()
+    assert "torch>=999 is needed, installed:" in str(caught.value)
+    assert "nosuchpackage>=1 is needed, installed: none" in str(caught.value)
+    assert "pytest" not in str(caught.value)
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=1"])
+    require_versions()
+
+
+class _Generator:
+    conditioning_kind = "class"
+
+    def conditions(self, count, given):
+        return [(given or ["apple"])[index % len(given or [0])] for index in range(count)]
+
+    def sample(self, conditions, *, seeds, plan, batch_size, progress):
+        return SimpleNamespace(images=np.zeros((len(seeds), 8, 8, 3), dtype=np.uint8))
+
+
+def test_generate_names_pictures_and_overwrites_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(pictures, "open_generator", lambda source: _Generator())
+    options = {"prompts": ["Red apple!", "7"], "plan": SamplingPlan(steps=1)}
+    files = pictures.generate_pictures("x", tmp_path / "out", range(5, 8), **options)
+    assert [file.name for file in files] == ["0005-red-apple.png", "0006-7.png", "0007-red-apple.png"]
+    with pytest.raises(ConfigError, match=r"not overwritten: .*0007-red-apple\.png"):
+        pictures.generate_pictures("x", tmp_path / "out", range(7, 9), **options)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_progress_logs_one_line_where_there_is_no_terminal(caplog):
+    console = Console(force_terminal=False)
+    with caplog.at_level(logging.INFO, "diffpress"), RichProgress(console).task("Sampling", total=4) as advance:
+        advance(4)
+    assert [record.message.split(" in ")[0] for record in caplog.records] == ["Sampling: 4 done"]
+    with SILENT.task("Sampling", total=4) as advance:
+        advance(4)
+
+
+def test_progress_draws_a_bar_on_a_terminal():
+    console = Console(force_terminal=True, record=True, width=100)
+    with RichProgress(console).task("Sampling original", total=4) as advance:
+        advance(2)
+    assert "Sampling original" in console.export_text()
+    quiet = Console(force_terminal=True, record=True)
+    with RichProgress(quiet, quiet=True).task("Sampling", total=4) as advance:
+        advance(2)
+    assert "Sampling" not in quiet.export_text()
