@@ -106,9 +106,9 @@ def patched(target: Any, name: str, replacement: Any) -> Iterator[None]:
 class Generator:
     """A diffusers pipeline with a denoiser, and the folder its weights came from."""
 
-    def __init__(self, pipeline: diffusers.DiffusionPipeline, source: Path | None = None) -> None:
+    def __init__(self, pipeline: Any, source: Path | None = None) -> None:
         """Raises CheckpointError for a pipeline without a known denoiser or way of conditioning."""
-        self.pipeline = pipeline
+        self.pipeline: Any = pipeline
         self.source = source
         names = [name for name in ("transformer", "unet") if getattr(pipeline, name, None) is not None]
         if not names:
@@ -233,7 +233,7 @@ class Generator:
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width of a picture, in pixels, when nothing is said."""
-        size = self.denoiser.config.sample_size
+        size: Any = self.denoiser.config.sample_size  # type: ignore[union-attr]
         height, width = size if isinstance(size, list | tuple) else (size, size)
         vae = getattr(self.pipeline, "vae", None)
         factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
@@ -336,9 +336,8 @@ class Generator:
                 raise _Enough
 
         self.use_scheduler(plan.scheduler)
-        with torch.no_grad(), self.watch(see):
-            with suppress(_Enough):
-                self.pipeline(**self._call_arguments(conditions, seeds, plan))
+        with torch.no_grad(), self.watch(see), suppress(_Enough):
+            self.pipeline(**self._call_arguments(conditions, seeds, plan))
         return calls
 
     def conditioning(

@@ -36,16 +36,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Applied:
-    """The generator after a stage, and what `Stage.restore` needs to rebuild its structure (JSON-able)."""
+    """The generator after a stage, what `Stage.restore` needs to rebuild its structure (JSON-able), and one sentence."""
 
     generator: Generator
     metadata: dict[str, Any]
+    summary: str
 
 
 class Stage(Protocol):
     """One step of a recipe. ``check`` is cheap and raises ConfigError; ``apply`` does the work in place and may calibrate."""
 
     Config: ClassVar[type]
+    config: Any
 
     def __init__(self, config: Any) -> None: ...
 

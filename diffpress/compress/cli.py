@@ -173,7 +173,7 @@ def run(
 
     loaded = load_recipe(recipe, overrides or [], methods=_configs())
     result = runner.run(loaded, output, dry_run=dry_run, progress=_progress())
-    if dry_run:
+    if result is None:
         _err.print("The recipe fits the model and the target; nothing was built.")
     else:
         _finish(result.report, result.directory)

@@ -13,10 +13,10 @@ import yaml
 from pydantic import Field, TypeAdapter, model_validator
 
 from diffpress.config import config
+from diffpress.export.settings import ExportConfig
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
 Baseline = Literal["eager", "medium", "compiled"]
 
 
@@ -42,30 +42,6 @@ class Calibration:
     """Classifier-free guidance scale of a recorded run; null: as in evaluate."""
     batch_size: Count = 8
     """Images in one recorded run."""
-
-
-@config
-class Export:
-    """The engine that is built."""
-
-    target: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
-    """Run-time that executes the engine."""
-    batch: Literal["dynamic"] | Count = "dynamic"
-    """``dynamic``, or the one batch size (images) that the engine accepts."""
-    height: Pixels | None = None
-    """Image height in pixels; null: the model's own."""
-    width: Pixels | None = None
-    """Image width in pixels; null: the model's own."""
-    providers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Execution providers or devices of the run-time in order of preference; null: the target's default."""
-    opset: Annotated[int, Field(ge=18, le=24)] = 20
-    """ONNX operator set."""
-
-    @model_validator(mode="after")
-    def _both_sides(self) -> Export:
-        if (self.height is None) != (self.width is None):
-            raise ValueError("height and width go together: give both, or neither")
-        return self
 
 
 @config
@@ -128,7 +104,7 @@ class Recipe:
     """Recorded sampling runs of the original model."""
     stages: tuple[StageSpec, ...] = ()
     """Methods in the order in which they are applied; empty: only export and evaluate."""
-    export: Export = Export()
+    export: ExportConfig = ExportConfig()
     """The engine that is built."""
     evaluate: Evaluate = Evaluate()
     """How the engine is compared with the original."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 import torch
 
 from diffpress.errors import ConfigError
 from diffpress.eval.statistics import LEVEL, Estimate, median_ratio_interval
+from diffpress.memory import resident_peak
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -166,28 +165,13 @@ def peak_memory(call: Callable[[], object], *, interval_s: float = 0.005) -> Pea
     Spikes shorter than the interval can be missed. Memory that an earlier call freed but the allocator kept counts as
     held before, so take ``increase_mib`` from a fresh process. Whatever ``call`` raises passes through.
     """
-    process = psutil.Process()
-    before = process.memory_info().rss
-    peak = before
-    stop = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not stop.wait(interval_s):
-            peak = max(peak, process.memory_info().rss)
-
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    with resident_peak(interval_s) as peak_so_far:
+        before = peak_so_far()
         call()
-        after = process.memory_info().rss
-    finally:
-        stop.set()
-        watcher.join()
-    peak = max(peak, after)
+        peak = peak_so_far()
     device = torch.cuda.max_memory_allocated() / _MIB if cuda else None
     return PeakMemory(peak / _MIB, (peak - before) / _MIB, device)
 

@@ -49,8 +49,9 @@ def flatten_inputs(inputs: dict[str, Any]) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
     for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
         if isinstance(leaf, Tensor):
-            last = path[-1]
-            name = last.key if isinstance(last, pytree.MappingKey) else f"{path[0].key}.{last.idx}"
+            keys: list[Any] = list(path)
+            last = keys[-1]
+            name = last.key if isinstance(last, pytree.MappingKey) else f"{keys[0].key}.{last.idx}"
             flat[name] = leaf.float() if name == "timestep" else leaf  # schedulers give integers or fractions
     return flat
 

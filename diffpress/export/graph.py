@@ -36,7 +36,7 @@ def export_graph(
     ``free`` names the axes left dynamic, by input. The same module gives the same bytes: what the exporter notes about
     source files and call stacks is left out. Raises EngineError when the exporter cannot trace the module.
     """
-    shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in free.get(name, {})} for name in inputs)
+    shapes = tuple(dict.fromkeys(free.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     with _quiet():
         try:
             program = torch.onnx.export(

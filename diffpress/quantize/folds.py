@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU, SwiGLU
@@ -27,12 +29,12 @@ class Fold:
     """One tensor, the layers that read it, and how to divide its channels by r [channels] where it is made."""
 
     name: str
-    consumers: tuple[nn.Module, ...]
+    consumers: tuple[Any, ...]
     divide: Callable[[Tensor], None]
 
 
-def divide_affine(norm: nn.Module, r: Tensor) -> None:
-    """gamma / r, beta / r."""
+def divide_affine(norm: Any, r: Tensor) -> None:
+    """Gamma / r, beta / r."""
     norm.weight.div_(r)
     if norm.bias is not None:
         norm.bias.div_(r)
@@ -65,7 +67,7 @@ def find_folds(model: nn.Module) -> list[Fold]:
         if isinstance(module, BasicTransformerBlock):
             folds += _block_folds(name, module)
         elif isinstance(module, Transformer2DModel) and getattr(module, "norm", None) is not None:
-            folds.append(Fold(f"{name}.norm", (module.proj_in,), lambda r, norm=module.norm: divide_affine(norm, r)))
+            folds.append(Fold(f"{name}.norm", (module.proj_in,), partial(divide_affine, module.norm)))
     return folds
 
 
@@ -88,11 +90,11 @@ def _block_folds(name: str, block: BasicTransformerBlock) -> Iterator[Fold]:
         yield Fold(f"{name}.ff.net.2", (block.ff.net[2],), lambda r: divide_rows(gated, r))
 
 
-def _queries(attention: Attention) -> tuple[nn.Module, ...]:
+def _queries(attention: Attention) -> tuple[Any, ...]:
     return attention.to_q, attention.to_k, attention.to_v
 
 
-def _first(block: BasicTransformerBlock) -> tuple[nn.Module, ...]:
+def _first(block: BasicTransformerBlock) -> tuple[Any, ...]:
     return (block.ff.net[0].proj,)
 
 

@@ -6,7 +6,7 @@ import fnmatch
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -61,14 +61,14 @@ class Int8Config:
 class Int8:
     """``quantize.int8``: replaces layers of the denoiser by their 8-bit twins."""
 
-    Config = Int8Config
+    Config: ClassVar[type] = Int8Config
 
     def __init__(self, config: Int8Config) -> None:
         self.config = config
 
     def layers(self, denoiser: nn.Module, target: Target) -> dict[str, nn.Module]:
         """The layers this config quantizes, by name."""
-        wanted: tuple[type, ...] = (nn.Linear, nn.Conv2d) if self._convolutions(target) else (nn.Linear,)
+        wanted: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d) if self._convolutions(target) else (nn.Linear,)
         patterns = (*SENSITIVE, *self.config.skip)
         return {
             name: module
@@ -119,9 +119,10 @@ class Int8:
         for name, twin in twins.items():
             denoiser.set_submodule(name, twin)
         kinds = {name: _describe(layer) for name, layer in layers.items()}
-        return Applied(
-            generator, {"target": context.target.name, "dynamic": dynamic, "layers": kinds, "sensitivity": errors}
-        )
+        metadata = {"target": context.target.name, "dynamic": dynamic, "layers": kinds, "sensitivity": errors}
+        total = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in denoiser.modules())
+        summary = f"{len(layers)} of {len(layers) + total} layers in 8 bits, {self.config.activations} activations"
+        return Applied(generator, metadata, summary)
 
     def _observe(self, generator: Generator, layers: dict[str, nn.Module], context: Context) -> dict[str, Histogram]:
         histograms = {name: Histogram() for name in layers}

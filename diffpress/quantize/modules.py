@@ -18,7 +18,7 @@ QDQ_OPSET = 19
 
 
 def weight_codes(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """q = round(W / s) in [-127, 127] with s = max|W| / 127 over every axis but ``axis``; returns (int8 q, float32 s).
+    """Q = round(W / s) in [-127, 127] with s = max|W| / 127 over every axis but ``axis``; returns (int8 q, float32 s).
 
     A channel of zeros gets scale 1.
     """

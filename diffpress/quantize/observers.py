@@ -63,7 +63,7 @@ def _percentile_range(histogram: Histogram, percentile: float) -> tuple[float, f
     cumulative = np.cumsum(histogram.counts) / histogram.counts.sum()
     tail = 1 - percentile / 100
     low = histogram.centers[np.searchsorted(cumulative, tail)]
-    high = histogram.centers[min(BINS - 1, np.searchsorted(cumulative, 1 - tail))]
+    high = histogram.centers[min(BINS - 1, int(np.searchsorted(cumulative, 1 - tail)))]
     return max(histogram.low, min(0.0, float(low))), min(histogram.high, max(0.0, float(high)))
 
 
@@ -84,7 +84,7 @@ def _mse_range(histogram: Histogram) -> tuple[float, float]:
 
 
 def rounded(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """x rounded to 256 levels over [low, high] and clipped to it."""
+    """X rounded to 256 levels over [low, high] and clipped to it."""
     step = max((high - low) / 255, 1e-12)
     zero = np.round(-low / step)
     return (np.clip(np.round(x / step) + zero, 0, 255) - zero) * step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -36,7 +36,7 @@ def smoothing_factors(activation_peak: Tensor, weight_peak: Tensor, alpha: float
 class Smooth:
     """``quantize.smooth``: leaves a float generator that computes the same and quantizes better."""
 
-    Config = SmoothConfig
+    Config: ClassVar[type] = SmoothConfig
 
     def __init__(self, config: SmoothConfig) -> None:
         self.config = config
@@ -56,7 +56,8 @@ class Smooth:
         for fold in folds:
             weight_peak = torch.stack([_input_peak(consumer.weight) for consumer in fold.consumers]).amax(dim=0)
             apply_fold(fold, smoothing_factors(peaks[fold.name], weight_peak, self.config.alpha))
-        return Applied(generator, {"folds": [fold.name for fold in folds], "alpha": self.config.alpha})
+        metadata = {"folds": [fold.name for fold in folds], "alpha": self.config.alpha}
+        return Applied(generator, metadata, f"range moved into the weights at {len(folds)} places, folded exactly")
 
     @staticmethod
     def restore(generator: Generator, metadata: dict[str, Any]) -> None:
@@ -64,7 +65,7 @@ class Smooth:
 
 
 def _input_peak(weight: Any) -> Tensor:
-    """max |W| by input channel of a [out, in, ...] weight."""
+    """Max |W| by input channel of a [out, in, ...] weight."""
     return weight.detach().abs().amax(dim=[dim for dim in range(weight.ndim) if dim != 1])
 
 
@@ -74,7 +75,7 @@ def _peaks(folds: list[Fold]) -> Iterator[dict[str, Tensor]]:
     peaks: dict[str, Tensor] = {}
 
     def watch(fold: Fold) -> Any:
-        channels = fold.consumers[0].weight.shape[1]
+        channels = int(fold.consumers[0].weight.shape[1])  # type: ignore[index, arg-type]
 
         def hook(module: Any, args: tuple) -> None:
             x = args[0].detach().abs()

@@ -1,0 +1,151 @@
+"""Gather what a run left on disk and what was measured into one report."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpress import __version__
+from diffpress.artifact import read_json
+from diffpress.compress import evaluation
+from diffpress.compress.report import (
+    EngineFacts,
+    Latency,
+    LayerError,
+    Metric,
+    ModelFacts,
+    PairedMetric,
+    Parity,
+    Provenance,
+    Report,
+    StageRun,
+)
+from diffpress.compress.verdict import judge
+from diffpress.eval.latency import size_on_disk
+from diffpress.eval.machine import describe_machine
+
+if TYPE_CHECKING:
+    from diffpress.compress.runner import Run
+
+ENGINE = "engine"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an evaluation measured, and when it began."""
+
+    quality: tuple[Metric, ...]
+    paired: tuple[PairedMetric, ...]
+    latency: tuple[Latency, ...]
+    preprocessing: str | None
+    started: str
+
+
+def assemble(run: Run, found: Found) -> Report:
+    """The report of a run whose steps are all done."""
+    recipe = run.recipe
+    return Report(
+        verdict=judge(recipe.gate, quality=found.quality, paired=found.paired, latency=found.latency),
+        model=_model_facts(run),
+        recipe=plain(recipe),
+        stages=tuple(_stage_run(run, number) for number in range(len(run.stages))),
+        engine=_engine_facts(run),
+        parity=_parity(run),
+        quality=found.quality,
+        paired=found.paired,
+        latency=found.latency,
+        sensitivity=_sensitivity(run),
+        provenance=Provenance(
+            diffpress=__version__,
+            machine=describe_machine(),
+            seeds={"pictures": recipe.seed, "calibration": recipe.seed + evaluation.CALIBRATION_SEED},
+            preprocessing=found.preprocessing,
+            started=found.started,
+            finished=now(),
+            command=_command(run.artifact.folder),
+        ),
+    )
+
+
+def _model_facts(run: Run) -> ModelFacts:
+    denoiser = run.original.denoiser
+    return ModelFacts(
+        name=run.recipe.model,
+        revision=run.recipe.revision,
+        pipeline=type(run.original.pipeline).__name__,
+        denoiser=type(denoiser).__name__,
+        parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
+        size_mib=size_on_disk(run.source) / MIB,
+        hash=run.model_hash,
+    )
+
+
+def _stage_run(run: Run, number: int) -> StageRun:
+    name, stage = run.stages[number]
+    entry = run.artifact.entry(stage_name(number, name))
+    return StageRun(
+        name=name,
+        config=plain(stage.config),
+        seconds=entry["seconds"],
+        peak_memory_mib=entry["peak_memory_mib"],
+        summary=entry["summary"],
+    )
+
+
+def _engine_facts(run: Run) -> EngineFacts:
+    entry = run.artifact.entry(ENGINE)
+    return EngineFacts(
+        target=run.target.name,
+        provider=entry["built"]["provider"],
+        quantized_operators=entry["built"]["quantized_ops"],
+        float_operators=entry["built"]["float_layers"],
+        opset=run.recipe.export.opset,
+        size_mib=size_on_disk(run.artifact.folder / ENGINE) / MIB,
+        hash=entry["hash"],
+        seconds=entry["seconds"],
+    )
+
+
+def _parity(run: Run) -> Parity:
+    rows = run.artifact.entry(ENGINE)["built"]["parity"]
+    row = next(row for row in rows if row["component"] == run.original.denoiser_name)
+    return Parity(max_relative_error=row["error"], limit=row["tolerance"], calls=row["calls"])
+
+
+def _sensitivity(run: Run) -> tuple[LayerError, ...]:
+    """Layer errors of every stage that measured them, worst first."""
+    found: dict[str, float] = {}
+    for number, (name, _) in enumerate(run.stages):
+        folder = run.artifact.folder / "stages" / stage_name(number, name)
+        found |= read_json(folder / "metadata.json").get("sensitivity", {})
+    rows = (LayerError(layer=layer, error=error) for layer, error in found.items())
+    return tuple(sorted(rows, key=lambda row: -row.error))
+
+
+def stage_name(number: int, method: str) -> str:
+    """Name of a stage's step and folder: 01-quantize.smooth, 02-…"""
+    return f"{number + 1:02d}-{method}"
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and paths as JSON-able values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def now() -> str:
+    """ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _command(directory: Path) -> str:
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+    return " ".join(words) if words and words[0] == "diffpress" else f"python, into {directory.name}"

@@ -1,0 +1,139 @@
+"""Measure an engine against the original it came from: pictures from the same noise, features, distances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from diffpress.compress.measured import distribution_metric, paired_metric
+from diffpress.compress.page import Pictures
+from diffpress.compress.recipe import Recipe, find_path, read_prompts
+from diffpress.compress.report import Metric, PairedMetric
+from diffpress.errors import ConfigError
+from diffpress.eval.extractors import Extractor, load_extractor
+from diffpress.eval.features import Features, extract, load_reference, save_features
+from diffpress.eval.fidelity import psnr, relative_error, ssim
+from diffpress.eval.statistics import density_coverage_replicates, frechet_replicates, kernel_replicates
+from diffpress.generator import Generator, Samples, SamplingPlan
+from diffpress.progress import Progress
+
+CALIBRATION_SEED, REFERENCE_SEED = 1_000_000, 2_000_000  # distances from the seeds of the compared pictures
+
+
+def plan_of(recipe: Recipe) -> SamplingPlan:
+    """How pictures are drawn for the evaluation, and for calibration where the recipe says nothing else."""
+    chosen, export = recipe.evaluate, recipe.export
+    return SamplingPlan(
+        steps=chosen.steps,
+        guidance_scale=chosen.guidance_scale,
+        scheduler=chosen.scheduler,
+        height=export.height,
+        width=export.width,
+    )
+
+
+def conditions_of(recipe: Recipe, generator: Generator, count: int) -> list[Any]:
+    """``count`` prompts or classes of the recipe, in turn."""
+    return generator.conditions(count, read_prompts(recipe.evaluate.prompts))
+
+
+def sample_to(
+    path: Path, generator: Generator, recipe: Recipe, *, first_seed: int, label: str, progress: Progress
+) -> None:
+    """Draw the recipe's pictures with seeds ``first_seed``, ``first_seed`` + 1, … and write them as safetensors."""
+    count = recipe.evaluate.samples
+    samples = generator.sample(
+        conditions_of(recipe, generator, count),
+        seeds=range(first_seed, first_seed + count),
+        plan=plan_of(recipe),
+        batch_size=recipe.evaluate.batch_size,
+        progress=progress,
+        label=label,
+    )
+    arrays = {"images": samples.images} | ({} if samples.latents is None else {"latents": samples.latents})
+    save_file(arrays, path)
+
+
+def read_samples(path: Path) -> Samples:
+    """Pictures and latents that `sample_to` wrote."""
+    arrays = load_file(path)
+    return Samples(arrays["images"], arrays.get("latents"))
+
+
+def write_features(path: Path, sets: dict[str, Path], recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Features of the original's, the engine's and the reference's pictures in one file; returns the extractor's identity.
+
+    ``sets`` are sample files by name; ``reference`` is among them where the recipe names no other.
+    """
+    extractor = _extractor(recipe)
+    found: dict[str, Features] = {}
+    for name, file in sets.items():
+        with progress.task(f"Features of {name}", total=1) as advance:
+            found[name] = extract(extractor, read_samples(file).images, source=name)
+            advance(1)
+    if recipe.evaluate.reference is not None:
+        found["reference"] = load_reference(_local(recipe.evaluate.reference), extractor)
+    save_features(path, found)
+    return {"extractor": extractor.name, "preprocessing": extractor.identity}
+
+
+def _extractor(recipe: Recipe) -> Extractor:
+    assert recipe.evaluate.features is not None
+    return load_extractor(_local(recipe.evaluate.features))
+
+
+def _local(name: str) -> str:
+    """A path of a recipe, with ``#key`` kept; a hub id as it is."""
+    path, mark, key = name.partition("#")
+    found = find_path(path)
+    return name if found is None else f"{found}{mark}{key}"
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Raises ConfigError, before any work, for a reference or an extractor that is not there."""
+    if recipe.evaluate.features is not None:
+        _extractor(recipe)
+    reference = recipe.evaluate.reference
+    if reference is not None and find_path(reference.partition("#")[0]) is None:
+        raise ConfigError(
+            f"evaluate.reference {reference!r} is not there; allowed: a features file or a folder of images"
+        )
+
+
+def quality_metrics(path: Path) -> tuple[Metric, ...]:
+    """Distances of original and engine to the same reference, paired by noise, from a file of features."""
+    parts = {name: Features.load(f"{path}#{name}").values for name in ("original", "engine", "reference")}
+    original, engine, reference = parts["original"], parts["engine"], parts["reference"]
+    rows = []
+    for name, replicates in (("frechet", frechet_replicates), ("kernel", kernel_replicates)):
+        rows.append(distribution_metric(name, replicates(original, reference), replicates(engine, reference)))
+    pairs = zip(
+        density_coverage_replicates(original, reference), density_coverage_replicates(engine, reference), strict=True
+    )
+    for name, (base, candidate) in zip(("density", "coverage"), pairs, strict=True):
+        rows.append(distribution_metric(name, base, candidate))
+    return tuple(rows)
+
+
+def paired_metrics(original: Samples, engine: Samples) -> tuple[PairedMetric, ...]:
+    """Picture by picture, from the same noise: latent error, PSNR, SSIM."""
+    rows = []
+    if original.latents is not None and engine.latents is not None:
+        rows.append(
+            paired_metric(
+                "relative_error", relative_error(original.latents, engine.latents), label="latent relative error"
+            )
+        )
+    rows.append(paired_metric("psnr", psnr(original.images, engine.images, data_range=255)))
+    rows.append(paired_metric("ssim", ssim(original.images, engine.images, data_range=255)))
+    return tuple(rows)
+
+
+def pick_pictures(original: Samples, engine: Samples, captions: Sequence[str], *, count: int = 8) -> Pictures:
+    """``count`` pairs spread over the run."""
+    chosen = np.linspace(0, len(original.images) - 1, min(count, len(original.images))).astype(int)
+    return Pictures(original.images[chosen], engine.images[chosen], [captions[index] for index in chosen])

@@ -1,0 +1,10 @@
+"""The methods table: every stage a recipe can name."""
+
+from diffpress.quantize.int8 import Int8
+from diffpress.quantize.smooth import Smooth
+from diffpress.stage import Stage
+
+METHODS: dict[str, type[Stage]] = {
+    "quantize.int8": Int8,
+    "quantize.smooth": Smooth,
+}

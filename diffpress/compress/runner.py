@@ -1,0 +1,281 @@
+"""Run a recipe: stages, export, evaluation, verdict. Every step is skipped when its result is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffpress.artifact import Artifact, fingerprint, folder_hash, load_weights, read_json, save_weights, write_json
+from diffpress.compress import evaluation, timing
+from diffpress.compress.assemble import ENGINE, MIB, Found, assemble, now, plain, stage_name
+from diffpress.compress.loading import load_recipe
+from diffpress.compress.methods import METHODS
+from diffpress.compress.page import write_report
+from diffpress.compress.recipe import Recipe, dump_recipe, find_path
+from diffpress.compress.report import Latency, Metric, Report
+from diffpress.errors import ArtifactError, SlowEngineError
+from diffpress.eval.latency import size_on_disk
+from diffpress.eval.machine import describe_machine
+from diffpress.export import check_export, export, load
+from diffpress.generator import Generator
+from diffpress.progress import SILENT, Progress
+from diffpress.stage import Context, Stage
+from diffpress.targets import find_target
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
+FEATURES = "evaluation/features.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    report: Report
+    directory: Path
+
+
+class Run:
+    """One recipe, its original model, and the folder everything goes to."""
+
+    def __init__(self, recipe: Recipe, artifact: Artifact, progress: Progress) -> None:
+        self.recipe, self.artifact, self.progress = recipe, artifact, progress
+        self.original = load_original(recipe)
+        assert self.original.source is not None
+        self.source = self.original.source
+        self.model_hash = folder_hash(self.source, suffixes=MODEL_FILES)
+        self.target = find_target(recipe.export.target)
+        self.stages: list[tuple[str, Stage]] = [
+            (spec.method, METHODS[spec.method](spec.config)) for spec in recipe.stages
+        ]
+
+    def check(self) -> None:
+        """Everything cheap that can be wrong, before anything heavy."""
+        for _, stage in self.stages:
+            stage.check(self.original, self.target)
+        check_export(self.original, self.recipe.export)
+        self.original.use_scheduler(self.recipe.evaluate.scheduler)
+        evaluation.conditions_of(self.recipe, self.original, self.recipe.evaluate.samples)
+        evaluation.check_evaluation(self.recipe)
+
+    def context(self) -> Context:
+        """Calibration runs: other seeds than those of the compared pictures, the final schedule unless told otherwise."""
+        chosen, plan = self.recipe.calibration, evaluation.plan_of(self.recipe)
+        changes: dict[str, Any] = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
+        first = self.recipe.seed + evaluation.CALIBRATION_SEED
+        return Context(
+            target=self.target,
+            conditions=evaluation.conditions_of(self.recipe, self.original, chosen.samples),
+            seeds=range(first, first + chosen.samples),
+            plan=dataclasses.replace(plan, **{name: value for name, value in changes.items() if value is not None}),
+            batch_size=chosen.batch_size,
+            progress=self.progress,
+        )
+
+    def base_key(self) -> str:
+        context = self.context()
+        calibration = [context.conditions, list(context.seeds), dataclasses.asdict(context.plan), context.batch_size]
+        return fingerprint(self.model_hash, self.target.name, calibration)
+
+    def build(self) -> None:
+        """The stages and the engine, as far as they are not there yet."""
+        keys = self._keys()
+        if self.artifact.done(ENGINE, keys[-1]) is not None:
+            logger.info("engine: done already")
+            return
+        generator, pending = self._restore(keys)
+        for number in pending:
+            name, stage = self.stages[number]
+            work = partial(self._apply, generator, stage)
+            self.artifact.step(stage_name(number, name), keys[number], f"stages/{stage_name(number, name)}", work)
+        self.artifact.step(ENGINE, keys[-1], ENGINE, partial(self._export, generator))
+
+    def _keys(self) -> list[str]:
+        """One key for each stage and one for the engine; each takes in the one before."""
+        keys, last = [], self.base_key()
+        for spec in self.recipe.stages:
+            last = fingerprint(last, spec.method, dataclasses.asdict(spec.config))
+            keys.append(last)
+        plan = dataclasses.asdict(evaluation.plan_of(self.recipe))
+        return [*keys, fingerprint(last, dataclasses.asdict(self.recipe.export), plan)]
+
+    def _restore(self, keys: list[str]) -> tuple[Generator, list[int]]:
+        """The generator after the last finished stage, and the stages still to do."""
+        generator = load_original(self.recipe)
+        finished = 0
+        for number, (name, _) in enumerate(self.stages):
+            if self.artifact.done(stage_name(number, name), keys[number]) is None:
+                break
+            finished = number + 1
+        for number in range(finished):
+            name, stage = self.stages[number]
+            folder = self.artifact.folder / "stages" / stage_name(number, name)
+            stage.restore(generator, read_json(folder / "metadata.json"))
+            if number + 1 == finished:
+                load_weights(generator.denoiser, folder / "denoiser.safetensors")
+        return generator, list(range(finished, len(self.stages)))
+
+    def _apply(self, generator: Generator, stage: Stage, folder: Path) -> dict[str, Any]:
+        stage.check(generator, self.target)
+        applied = stage.apply(generator, self.context())
+        folder.mkdir()
+        save_weights(generator.denoiser, folder / "denoiser.safetensors")
+        write_json(folder / "metadata.json", applied.metadata)
+        return {"seed": self.recipe.seed, "versions": describe_machine()["versions"], "summary": applied.summary}
+
+    def _export(self, generator: Generator, folder: Path) -> dict[str, Any]:
+        built = export(
+            generator,
+            folder,
+            self.recipe.export,
+            plan=evaluation.plan_of(self.recipe),
+            conditions=evaluation.conditions_of(self.recipe, self.original, 2),
+            progress=self.progress,
+        )
+        return {"built": plain(built)}
+
+    def evaluate(self) -> Report:
+        """Pictures, distances and latency of original and engine; the report, written."""
+        started = now()
+        directory, recipe = self.artifact.folder, self.recipe
+        engine = Generator(load(directory / ENGINE))
+        engine_hash = self.artifact.entry(ENGINE)["hash"]
+        self._sample(engine, engine_hash)
+        quality, preprocessing = self._quality(engine_hash)
+        pictures = {
+            name: evaluation.read_samples(directory / f"evaluation/{name}.safetensors")
+            for name in ("original", "engine")
+        }
+        paired = evaluation.paired_metrics(pictures["original"], pictures["engine"])
+        latency = measure_candidates(self, engine, rounds=recipe.evaluate.latency_rounds)
+        report = assemble(self, Found(quality, paired, latency, preprocessing, started))
+        conditions = evaluation.conditions_of(recipe, self.original, recipe.evaluate.samples)
+        captions = [_caption(self.original, condition) for condition in conditions]
+        shown = evaluation.pick_pictures(pictures["original"], pictures["engine"], captions)
+        write_report(report, shown, directory)
+        self._refuse_slow(latency)
+        return report
+
+    def _sample(self, engine: Generator, engine_hash: str) -> None:
+        recipe, plan = self.recipe, dataclasses.asdict(evaluation.plan_of(self.recipe))
+        conditions = evaluation.conditions_of(recipe, self.original, recipe.evaluate.samples)
+        evaluation_key = fingerprint(self.model_hash, recipe.seed, plan, conditions)
+        jobs: dict[str, tuple[Generator, int, str]] = {
+            "original": (self.original, recipe.seed, evaluation_key),
+            "engine": (engine, recipe.seed, fingerprint(evaluation_key, engine_hash)),
+        }
+        if recipe.evaluate.features is not None and recipe.evaluate.reference is None:
+            jobs["reference"] = (self.original, recipe.seed + evaluation.REFERENCE_SEED, evaluation_key)
+        for name, (generator, first_seed, key) in jobs.items():
+
+            def draw(path: Path, generator: Generator = generator, seed: int = first_seed, label: str = name) -> dict:
+                evaluation.sample_to(
+                    path, generator, recipe, first_seed=seed, label=f"Sampling {label}", progress=self.progress
+                )
+                return {}
+
+            self.artifact.step(f"sample {name}", key, f"evaluation/{name}.safetensors", draw)
+
+    def _quality(self, engine_hash: str) -> tuple[tuple[Metric, ...], str | None]:
+        if self.recipe.evaluate.features is None:
+            return (), None
+        names = ["original", "engine", *([] if self.recipe.evaluate.reference else ["reference"])]
+        sets = {name: self.artifact.folder / f"evaluation/{name}.safetensors" for name in names}
+        key = fingerprint(engine_hash, [self.artifact.entry(f"sample {name}")["hash"] for name in names])
+
+        def work(path: Path) -> dict[str, Any]:
+            return evaluation.write_features(path, sets, self.recipe, self.progress)
+
+        entry = self.artifact.step("features", key, FEATURES, work)
+        return evaluation.quality_metrics(self.artifact.folder / FEATURES), entry["preprocessing"]
+
+    def _refuse_slow(self, latency: tuple[Latency, ...]) -> None:
+        for row in latency:
+            if row.candidate == "engine" and row.speedup is not None and row.speedup.high < 1:
+                raise SlowEngineError(
+                    f"the engine is slower than stock diffusers eager fp32 at {row.scope}: "
+                    f"{row.median.value:.1f} ms, {1 / row.speedup.value:.2f}x as long; the report is in {self.artifact.folder}"
+                )
+
+
+def run(recipe: Recipe, output: Path, *, dry_run: bool = False, progress: Progress = SILENT) -> Result | None:
+    """Run ``recipe`` into ``output`` and return what was found; with ``dry_run`` only check, and return None.
+
+    Killed at any moment and called again, it goes on after the last finished step and ends with the same bytes.
+    """
+    if dry_run:
+        Run(recipe, Artifact(output), progress).check()
+        return None
+    with Artifact.open(output, need=_needed(recipe)) as artifact:
+        work = Run(recipe, artifact, progress)
+        work.check()
+        (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        work.build()
+        return Result(work.evaluate(), output)
+
+
+def evaluate(directory: Path, *, progress: Progress = SILENT) -> Report:
+    """Measure the engine in ``directory`` again, as it is there now, and write its report anew."""
+    with _reopen(directory, progress) as work:
+        entry = work.artifact.entry(ENGINE)
+        entry["hash"] = folder_hash(directory / ENGINE)
+        write_json(directory / "history.json", work.artifact.history)
+        return work.evaluate()
+
+
+def measure_latency(directory: Path, *, rounds: int, progress: Progress = SILENT) -> tuple[Latency, ...]:
+    """Time the engine in ``directory`` beside the recipe's baselines; nothing is written."""
+    with _reopen(directory, progress) as work:
+        return measure_candidates(work, Generator(load(directory / ENGINE)), rounds=rounds)
+
+
+def measure_candidates(work: Run, engine: Generator, *, rounds: int) -> tuple[Latency, ...]:
+    """Latency rows of the engine and the baselines of the recipe."""
+    recipe = work.recipe
+
+    def stock(dtype: torch.dtype) -> Generator:
+        return work.original if dtype == torch.float32 else load_original(recipe, dtype=dtype)
+
+    candidates = {"engine": timing.Candidate(engine)}
+    candidates |= {name: timing.baseline(name, stock) for name in recipe.evaluate.baselines}
+    for candidate in candidates.values():
+        candidate.generator.use_scheduler(recipe.evaluate.scheduler)
+    memory = timing.memory_of({"engine": work.artifact.folder / ENGINE, "eager": work.source}, recipe, work.progress)
+    return timing.measure(candidates, recipe, rounds=rounds, memory=memory, progress=work.progress)
+
+
+@contextlib.contextmanager
+def _reopen(directory: Path, progress: Progress) -> Iterator[Run]:
+    """The run of a finished folder, from the recipe it kept. Raises ArtifactError when it is none."""
+    if not (directory / "recipe.yaml").is_file():
+        raise ArtifactError(f"{directory} was not made by diffpress: recipe.yaml is missing")
+    recipe = load_recipe(directory / "recipe.yaml", methods={name: stage.Config for name, stage in METHODS.items()})
+    with Artifact.open(directory) as artifact:
+        yield Run(recipe, artifact, progress)
+
+
+def load_original(recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Generator:
+    """The recipe's model."""
+    found = find_path(recipe.model)
+    return Generator.load(found or recipe.model, revision=recipe.revision, dtype=dtype)
+
+
+def _needed(recipe: Recipe) -> int:
+    """Bytes a run takes at most: fp32 weights for each stage and the engine, and the pictures."""
+    found = find_path(recipe.model)
+    model = size_on_disk(found) if found else 0
+    return 2 * model * (len(recipe.stages) + 2) + 100 * MIB
+
+
+def _caption(generator: Generator, condition: Any) -> str:
+    names = {number: name for name, number in getattr(generator.pipeline, "labels", {}).items()}
+    return str(names.get(condition, "" if condition is None else condition))

@@ -1,0 +1,110 @@
+"""Time an engine beside stock diffusers, in turns within one process; weigh each alone, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffpress.compress.evaluation import conditions_of, plan_of
+from diffpress.compress.measured import latency_rows
+from diffpress.compress.recipe import Recipe
+from diffpress.compress.report import Latency, Scope
+from diffpress.eval.latency import benchmark, peak_memory
+from diffpress.export import load
+from diffpress.generator import Generator
+from diffpress.progress import Progress
+
+WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A generator to time, and what holds while it runs."""
+
+    generator: Generator
+    setting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def medium_precision() -> Iterator[None]:
+    """torch.set_float32_matmul_precision("medium"), undone on exit."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def baseline(name: str, load: Callable[[torch.dtype], Generator]) -> Candidate:
+    """Stock diffusers: ``eager`` fp32, ``medium`` matmul precision, or ``compiled`` in bf16 with constants folded."""
+    if name == "compiled":
+        generator = load(torch.bfloat16)
+        compiled = torch.compile(generator.denoiser, options={"freezing": True})
+        setattr(generator.pipeline, generator.denoiser_name, compiled)
+        return Candidate(generator)
+    return Candidate(load(torch.float32), medium_precision if name == "medium" else contextlib.nullcontext)
+
+
+def measure(
+    candidates: dict[str, Candidate], recipe: Recipe, *, rounds: int, memory: dict[str, float], progress: Progress
+) -> tuple[Latency, ...]:
+    """One whole picture and one denoiser call of every candidate, timed in turns; ``memory`` by candidate, MiB."""
+    plan = plan_of(recipe)
+    rows: list[Latency] = []
+    first = next(iter(candidates.values())).generator
+    conditions = conditions_of(recipe, first, 1)
+
+    def whole(candidate: Candidate) -> Callable[[], object]:
+        def call() -> object:
+            with candidate.setting():
+                return candidate.generator.sample(conditions, seeds=[0], plan=plan, batch_size=1)
+
+        return call
+
+    def denoise(candidate: Candidate) -> Callable[[], object]:
+        recorded = candidate.generator.record(conditions, seeds=[0], plan=plan, limit=1)[0]
+
+        def call() -> object:
+            with candidate.setting(), torch.no_grad():
+                return candidate.generator.denoiser(**recorded.inputs, **recorded.constants)
+
+        return call
+
+    calls: dict[Scope, Callable[[Candidate], Callable[[], object]]] = {"whole image": whole, "denoiser call": denoise}
+    for scope, make in calls.items():
+        jobs = {name: make(candidate) for name, candidate in candidates.items()}
+        with progress.task(f"Timing: {scope}", total=rounds + WARMUP) as advance:
+            timings = benchmark(jobs, rounds=rounds, warmup=WARMUP, progress=_one_by_one(advance))
+        rows += latency_rows(timings, scope=scope, batch=1, memory_mib=memory if scope == "whole image" else None)
+    return tuple(rows)
+
+
+def _one_by_one(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    return lambda done, total: advance(1)
+
+
+def memory_of(sources: dict[str, Path], recipe: Recipe, progress: Progress) -> dict[str, float]:
+    """Highest resident memory, MiB, of a fresh process that loads each source and draws one picture."""
+    found: dict[str, float] = {}
+    spawn = multiprocessing.get_context("spawn")
+    with progress.task("Weighing memory", total=len(sources)) as advance:
+        for name, source in sources.items():
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                found[name] = pool.submit(_one_picture, source, recipe, torch.get_num_threads()).result()
+            advance(1)
+    return found
+
+
+def _one_picture(source: Path, recipe: Recipe, threads: int) -> float:
+    torch.set_num_threads(threads)
+    generator = Generator(load(source)) if (source / "diffpress.json").is_file() else Generator.load(source)
+    conditions = conditions_of(recipe, generator, 1)
+    return peak_memory(lambda: generator.sample(conditions, seeds=[0], plan=plan_of(recipe), batch_size=1)).resident_mib

@@ -1,0 +1,173 @@
+"""Export every part of a pipeline, build its engines, reload them, and check them against torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from diffpress.errors import ConfigError, MissingDependencyError
+from diffpress.export.components import Component, Flat, find_components, flatten_inputs
+from diffpress.export.graph import export_graph
+from diffpress.export.parity import FLOAT_TOLERANCE, INT8_TOLERANCE, Parity, check_precision, compare
+from diffpress.export.session import open_session
+from diffpress.export.settings import ExportConfig
+from diffpress.generator import Generator, SamplingPlan
+from diffpress.progress import SILENT, Progress
+from diffpress.targets import find_target
+
+MANIFEST = "diffpress.json"
+PARITY_CALLS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What was built and found: provider, 8-bit products in the built graph, parity of every part."""
+
+    folder: Path
+    provider: str
+    quantized_layers: int
+    quantized_ops: int
+    float_layers: int
+    parity: tuple[Parity, ...]
+
+
+def check_export(generator: Generator, settings: ExportConfig) -> None:
+    """Refuse before any work what cannot be built: a missing run-time, a free size for a generator that has one size."""
+    find_target(settings.target)
+    if settings.size == "dynamic" and not generator.can_resize:
+        raise ConfigError(
+            f"export: size 'dynamic', but {type(generator.pipeline).__name__} has a fixed size; allowed: static"
+        )
+    if settings.target in ("openvino", "tensorrt") and not _importable(settings.target):
+        extra = {"openvino": "openvino", "tensorrt": "gpu"}[settings.target]
+        raise MissingDependencyError(settings.target, extra, f"target {settings.target}")
+
+
+def _importable(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+
+def export(
+    generator: Generator,
+    folder: Path,
+    settings: ExportConfig,
+    *,
+    plan: SamplingPlan,
+    conditions: Sequence[Any],
+    progress: Progress = SILENT,
+) -> Built:
+    """Write ``folder`` in the diffusers / optimum layout and prove it.
+
+    Raises ConfigError, EngineError, ParityError or PrecisionError.
+    """
+    check_export(generator, settings)
+    batch = None if settings.batch == "dynamic" else settings.batch
+    parts = find_components(generator, conditions, plan, batch=batch, any_size=settings.size == "dynamic")
+    with progress.task("Exporting", total=2 * len(parts)) as advance:
+        for part in parts:
+            _export_part(generator, part, folder, settings)
+            advance(1)
+        _write_pipeline(generator, parts, folder, settings, plan)
+        calls = _denoiser_calls(generator, conditions, plan, batch or 1)
+        results = []
+        for part in parts:
+            results.append(_prove(generator, part, folder, settings, calls))
+            advance(1)
+    denoiser = next(result for part, result in zip(parts, results, strict=True) if part.role == "denoiser")
+    floats = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in generator.denoiser.modules())
+    return Built(
+        folder,
+        denoiser[1],
+        quantized_layers(generator.denoiser),
+        denoiser[2],
+        floats,
+        tuple(result[0] for result in results),
+    )
+
+
+def quantized_layers(module: nn.Module) -> int:
+    """How many layers carry int8 weights."""
+    return sum(
+        getattr(layer, "weight", None) is not None and layer.weight.dtype == torch.int8 for layer in module.modules()
+    )
+
+
+def _export_part(generator: Generator, part: Component, folder: Path, settings: ExportConfig) -> None:
+    module = getattr(generator.pipeline, part.attribute)
+    path = folder / part.folder / "model.onnx"
+    export_graph(
+        Flat(module, part).eval(), part.flat_inputs(), list(part.outputs), path, free=part.free, opset=settings.opset
+    )
+    settings_of_part = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    (path.parent / "config.json").write_text(
+        json.dumps(dict(settings_of_part), indent=2, sort_keys=True, default=str) + "\n"
+    )
+    if settings.target == "tensorrt":
+        from diffpress.export import tensorrt
+
+        shapes = {name: _profile(tuple(tensor.shape), part.free[name]) for name, tensor in part.flat_inputs().items()}
+        tensorrt.build(path, path.with_suffix(".engine"), profiles=shapes)
+
+
+def _profile(shape: tuple[int, ...], free: dict[int, str]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Least, usual and greatest shape of an input: free axes from 1 (batch) or half (size) to four times the recorded."""
+    least = tuple(
+        {"batch": 1, "size": max(1, size // 2)}.get(free.get(axis, ""), size) for axis, size in enumerate(shape)
+    )
+    most = tuple(4 * size if axis in free else size for axis, size in enumerate(shape))
+    return least, shape, most
+
+
+def _write_pipeline(
+    generator: Generator, parts: list[Component], folder: Path, settings: ExportConfig, plan: SamplingPlan
+) -> None:
+    """model_index.json, what is not an engine (scheduler, tokenizers), and our manifest."""
+    pipeline, engines = generator.pipeline, {part.attribute for part in parts}
+    named = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
+    index = named | {key: value for key, value in pipeline.config.items() if not key.startswith("_")}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for name, component in pipeline.components.items():
+        if name not in engines and hasattr(component, "save_pretrained"):
+            component.save_pretrained(str(folder / name))
+    manifest = {
+        "format": 1,
+        "target": settings.target,
+        "export": dataclasses.asdict(settings),
+        "denoiser": generator.denoiser_name,
+        "parameters": list(inspect.signature(generator.denoiser.forward).parameters),
+        "parts": [{"role": part.role, "folder": part.folder, "attribute": part.attribute} for part in parts],
+        "plan": dataclasses.asdict(plan),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def _denoiser_calls(generator: Generator, conditions: Sequence[Any], plan: SamplingPlan, count: int) -> list:
+    """Recorded calls spread over the schedule, as (flat inputs, outputs)."""
+    pool = [conditions[index % len(conditions)] for index in range(count)]
+    calls = generator.record(pool, seeds=range(count), plan=plan)
+    chosen = calls[:: max(1, len(calls) // PARITY_CALLS)]
+    return [(flatten_inputs(call.inputs), {"out_sample": call.output}) for call in chosen]
+
+
+def _prove(
+    generator: Generator, part: Component, folder: Path, settings: ExportConfig, calls: list
+) -> tuple[Parity, str, int]:
+    session = open_session(folder / part.folder / "model.onnx", target=settings.target, providers=settings.providers)
+    wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
+    found = check_precision(part.folder, session, wanted) if wanted else 0
+    pairs = calls if part.role == "denoiser" else [(part.flat_inputs(), part.outputs)]
+    return (
+        compare(part.folder, session, pairs, tolerance=INT8_TOLERANCE if wanted else FLOAT_TOLERANCE),
+        session.provider,
+        found,
+    )

@@ -1,0 +1,83 @@
+"""Load a built engine as the diffusers pipeline it came from."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from diffpress.errors import ArtifactError
+from diffpress.export.build import MANIFEST
+from diffpress.export.modules import EngineAutoencoder, EngineDenoiser, EngineTextEncoder
+from diffpress.export.session import open_session
+from diffpress.generator import quiet_loading
+
+logger = logging.getLogger(__name__)
+
+
+def load(folder: str | Path, *, providers: Sequence[str] | None = None) -> diffusers.DiffusionPipeline:
+    """The diffusers pipeline of an engine folder (or of the run folder around it), running the engine.
+
+    The denoiser, the autoencoder and the text encoders are engines; scheduler, tokenizers and everything the pipeline
+    does stay stock. ``pipeline.providers`` says what each engine really runs on. Raises ArtifactError when the folder is
+    not a complete engine.
+    """
+    root = Path(folder)
+    root = root / "engine" if (root / "engine" / MANIFEST).is_file() else root
+    manifest, index = _read(root / MANIFEST), _read(root / "model_index.json")
+    providers = providers or manifest["export"]["providers"]
+    parts: dict[str, Any] = {}
+    for part in manifest["parts"]:
+        session = open_session(root / part["folder"] / "model.onnx", target=manifest["target"], providers=providers)
+        parts[part["folder"]] = session, _read(root / part["folder"] / "config.json"), part
+    components = _engines(parts, manifest)
+    for name, value in index.items():
+        if isinstance(value, list) and name not in components and value[0] is not None:
+            components[name] = _stock(root / name, *value)
+    pipeline_class = getattr(diffusers, index["_class_name"])
+    wanted = inspect.signature(pipeline_class.__init__).parameters
+    plain = {name: value for name, value in index.items() if not isinstance(value, list) and not name.startswith("_")}
+    arguments = {name: value for name, value in (plain | components).items() if name in wanted}
+    absent = {name: None for name, value in index.items() if isinstance(value, list) and name not in components}
+    with quiet_loading():
+        pipeline = pipeline_class(**absent, **arguments)
+    pipeline.providers = {name: session.provider for name, (session, _, _) in parts.items()}
+    for name, provider in pipeline.providers.items():
+        logger.info("%s runs on %s", name, provider)
+    return pipeline
+
+
+def _engines(parts: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for session, settings, part in parts.values():
+        if part["role"] == "denoiser":
+            found[part["attribute"]] = EngineDenoiser(session, settings, manifest["parameters"])
+        elif part["role"] == "text":
+            found[part["attribute"]] = EngineTextEncoder(session, settings)
+        elif part["role"] == "decoder":
+            encoder = parts.get("vae_encoder")
+            found[part["attribute"]] = EngineAutoencoder(session, encoder[0] if encoder else None, settings)
+    return found
+
+
+def _stock(folder: Path, library: str, name: str) -> Any:
+    """A scheduler, tokenizer or other small part, from diffusers or transformers only."""
+    if library not in ("diffusers", "transformers"):
+        raise ArtifactError(f"{folder} is of {library}.{name}; allowed: diffusers and transformers")
+    with quiet_loading():
+        return getattr(importlib.import_module(library), name).from_pretrained(str(folder))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path.parent} is not a built engine: {path.name} is missing") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,113 @@
+"""Engines dressed as the modules they replace, so that stock diffusers pipelines run them unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from diffpress.errors import EngineError
+from diffpress.export.components import flatten_inputs
+from diffpress.export.session import Session
+
+
+class EngineModule(nn.Module):
+    """What all stand-ins share: the config of the module they replace, and where pipelines look for device and dtype."""
+
+    def __init__(self, session: Session, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.session = session
+        self.config = FrozenDict(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if "CUDA" in self.session.provider or "TensorRT" in self.session.provider else "cpu")
+
+    def run(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """Call the engine with those arguments it has inputs for. Raises EngineError when one of its inputs is missing."""
+        given = flatten_inputs({name: value for name, value in arguments.items() if value is not None})
+        missing = [name for name in self.session.inputs if name not in given]
+        if missing:
+            raise EngineError(f"the engine needs {', '.join(missing)}; the pipeline gave {', '.join(given)}")
+        return dict(zip(self.session.outputs, self.session(given), strict=True))
+
+
+class EngineDenoiser(EngineModule):
+    """A transformer or U-Net. ``parameters`` are the argument names of the original's forward, in order."""
+
+    def __init__(self, session: Session, config: dict[str, Any], parameters: list[str]) -> None:
+        super().__init__(session, config)
+        self._parameters_of_forward = parameters
+        time_ids = config.get(
+            "projection_class_embeddings_input_dim"
+        )  # pipelines of the SDXL family read it off a layer
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=time_ids))
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        outputs = self.run(dict(zip(self._parameters_of_forward, args, strict=False)) | kwargs)
+        sample = outputs["out_sample"]
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Pipelines of the Flux family mark their guidance branches with it."""
+        yield
+
+
+class EngineTextEncoder(EngineModule):
+    """A CLIP or T5 text encoder."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
+        outputs = self.run({"input_ids": input_ids, "attention_mask": attention_mask})
+        hidden = tuple(value for name, value in outputs.items() if name.startswith("hidden_states."))
+        plain = {name: value for name, value in outputs.items() if not name.startswith("hidden_states.")}
+        result = BaseModelOutputWithPooling(
+            last_hidden_state=plain.pop("last_hidden_state", None),
+            pooler_output=plain.pop("pooler_output", None),
+            hidden_states=hidden or None,
+        )
+        for name, value in plain.items():  # text_embeds of encoders with a projection, which pipelines read first
+            result[name] = value
+            result.move_to_end(name, last=False)
+        return result
+
+
+class EngineAutoencoder(nn.Module):
+    """The decoder and, where it was exported, the encoder of an autoencoder."""
+
+    def __init__(self, decoder: Session, encoder: Session | None, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.decoder_engine = EngineModule(decoder, config)
+        self.encoder_engine = None if encoder is None else EngineModule(encoder, config)
+        self.config = self.decoder_engine.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder_engine.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder_engine.device
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
+        sample = self.decoder_engine.run({next(iter(self.decoder_engine.session.inputs)): z})["sample"]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        if self.encoder_engine is None:
+            raise EngineError("this engine has no vae_encoder: its pipeline cannot start from a picture")
+        moments = self.encoder_engine.run({"sample": x})["latent_parameters"]
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)

@@ -1,0 +1,67 @@
+"""Does the reloaded engine compute what the torch model computes? Zero, NaN and constant outputs have names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffpress.errors import ParityError, PrecisionError
+from diffpress.export.session import Session
+
+FLOAT_TOLERANCE = 1e-3
+INT8_TOLERANCE = 3e-2  # a rounding that falls the other way moves a value by one step, in every layer
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest relative L2 error over recorded calls: ||engine - torch|| / ||torch||."""
+
+    component: str
+    error: float
+    tolerance: float
+    calls: int
+
+
+def compare(
+    name: str, session: Session, calls: Iterable[tuple[dict[str, Tensor], dict[str, Tensor]]], *, tolerance: float
+) -> Parity:
+    """Run every (inputs, expected outputs) through the engine.
+
+    Raises ParityError for NaN or infinity, an output that is constant where torch's is not, and an error above
+    ``tolerance``.
+    """
+    worst, count = 0.0, 0
+    for inputs, expected in calls:
+        for output_name, output in zip(session.outputs, session(inputs), strict=True):
+            worst = max(worst, _difference(f"{name}: output {output_name}", output, expected[output_name].detach()))
+        count += 1
+    if worst > tolerance:
+        raise ParityError(
+            f"{name}: the engine differs from torch by {worst:.2e} (relative L2); allowed: {tolerance:.0e}"
+        )
+    return Parity(name, worst, tolerance, count)
+
+
+def _difference(what: str, actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().cpu().double(), expected.cpu().double()
+    if actual.shape != expected.shape:
+        raise ParityError(f"{what} has shape {list(actual.shape)}, torch gives {list(expected.shape)}")
+    if not torch.isfinite(actual).all():
+        share = 1 - torch.isfinite(actual).double().mean().item()
+        raise ParityError(f"{what} is not finite ({share:.1%} of the values are NaN or infinite)")
+    if actual.numel() > 1 and actual.std() == 0 and expected.std() > 0:
+        raise ParityError(f"{what} is constant ({actual.flatten()[0].item():g}), torch's is not")
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def check_precision(name: str, session: Session, wanted: int) -> int:
+    """The number of 8-bit products in the built graph; PrecisionError when fewer than the ``wanted`` quantized layers."""
+    found = session.quantized_ops()
+    if found < wanted:
+        raise PrecisionError(
+            f"{name}: {wanted} layers were quantized, but only {found} products of the built graph run in 8 bits ({session.provider})"
+        )
+    return found

@@ -1,0 +1,168 @@
+"""Run-times behind one call: tensors by name in, tensors out. Each says what really runs."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from diffpress.errors import EngineError, MissingDependencyError
+from diffpress.targets import find_target
+
+logger = logging.getLogger(__name__)
+
+_ORT_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+# What ONNX Runtime turns a quantized MatMul or Conv into when it runs it in 8 bits.
+_ORT_INT8 = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv")
+_OPENVINO_COMPUTE = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")
+
+
+class Session(Protocol):
+    """A loaded engine."""
+
+    inputs: dict[str, torch.dtype]
+    outputs: list[str]
+    provider: str
+    """The run-time and the device or provider that really executes, such as "ONNX Runtime 1.31 CPUExecutionProvider"."""
+
+    def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Outputs in the order of ``outputs``. Raises EngineError for a shape the engine was not built for."""
+
+    def quantized_ops(self) -> int:
+        """How many matrix products and convolutions of the built graph run in 8 bits."""
+
+
+class OnnxRuntimeSession:
+    """ONNX Runtime; without ``providers`` on CUDA where it is there, else on the CPU."""
+
+    def __init__(self, path: Path, *, providers: Sequence[str] | None = None) -> None:
+        """Raises EngineError for a provider that is not available, or that the session silently left out."""
+        available = onnxruntime.get_available_providers()
+        wanted = list(
+            providers or [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+        )
+        missing = [name for name in wanted if name not in available]
+        if missing:
+            raise EngineError(
+                f"provider {', '.join(missing)} is not available; this onnxruntime has {', '.join(available)}"
+            )
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._path = path
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        except Exception as error:
+            raise EngineError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+        running = self._session.get_providers()
+        if providers and running[0] != wanted[0]:
+            raise EngineError(f"provider {wanted[0]} was asked for, but ONNX Runtime runs {path.name} on {running[0]}")
+        self.provider = f"ONNX Runtime {onnxruntime.__version__}, {running[0]}"
+        self.inputs = {item.name: _ORT_TYPES[item.type] for item in self._session.get_inputs()}
+        self.outputs = [item.name for item in self._session.get_outputs()]
+
+    def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        arrays = {name: _array(inputs[name], dtype) for name, dtype in self.inputs.items()}
+        try:
+            return [torch.from_numpy(output) for output in self._session.run(None, arrays)]
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            raise EngineError(f"{self._path}: ONNX Runtime refuses {shapes}: {error}") from error
+
+    def quantized_ops(self) -> int:
+        counts = Counter(self._optimized_ops())
+        return sum(counts[name] for name in _ORT_INT8)
+
+    def _optimized_ops(self) -> list[str]:
+        """Operators of the graph after ONNX Runtime's own optimization, through a throw-away file."""
+        import tempfile
+
+        import onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 4
+            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+            onnxruntime.InferenceSession(str(self._path), options, providers=self._session.get_providers())
+            graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+            return [node.op_type for node in graph.node]
+
+
+class OpenVinoSession:
+    """OpenVINO, reading the same ONNX file; ``providers`` is one device name, CPU without it."""
+
+    def __init__(self, path: Path, *, providers: Sequence[str] | None = None) -> None:
+        """Raises MissingDependencyError without openvino, EngineError for a device that is not there."""
+        try:
+            import openvino
+        except ImportError as error:
+            raise MissingDependencyError("openvino", "openvino", "target openvino") from error
+        core = openvino.Core()
+        device = (providers or ["CPU"])[0]
+        if device not in core.available_devices:
+            raise EngineError(f"device {device} is not available; OpenVINO sees {', '.join(core.available_devices)}")
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if device == "CPU":
+            settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+        self._path = path
+        try:
+            self._compiled = core.compile_model(core.read_model(str(path)), device, settings)
+        except RuntimeError as error:
+            raise EngineError(f"{path}: OpenVINO cannot compile it: {error}") from error
+        self._request = self._compiled.create_infer_request()
+        self.provider = f"OpenVINO {openvino.__version__.split('-')[0]}, {', '.join(self._compiled.get_property('EXECUTION_DEVICES'))}"
+        self.inputs = {item.any_name: getattr(torch, _torch_name(item.element_type)) for item in self._compiled.inputs}
+        self.outputs = [item.any_name for item in self._compiled.outputs]
+
+    def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        arrays = {name: _array(inputs[name], dtype) for name, dtype in self.inputs.items()}
+        try:
+            results = self._request.infer(arrays, share_inputs=True)
+        except RuntimeError as error:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            raise EngineError(f"{self._path}: OpenVINO refuses {shapes}: {error}") from error
+        return [torch.from_numpy(np.array(results[index])) for index in range(len(self.outputs))]
+
+    def quantized_ops(self) -> int:
+        count = 0
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            if str(info["layerType"].astype(str) if "layerType" in info else "") in _OPENVINO_COMPUTE:
+                count += str(info["runtimePrecision"].astype(str)) in ("i8", "u8")
+        return count
+
+
+def _torch_name(element_type: Any) -> str:
+    return {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}[
+        element_type.get_type_name()
+    ]
+
+
+def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().to("cpu", dtype).numpy())
+
+
+def open_session(path: Path, *, target: str, providers: Sequence[str] | None = None) -> Session:
+    """The engine file ``path`` on the run-time of ``target``."""
+    find_target(target)
+    if target == "openvino":
+        return OpenVinoSession(path, providers=providers)
+    if target == "tensorrt":
+        from diffpress.export.tensorrt import TensorRTSession
+
+        return TensorRTSession(path.with_suffix(".engine"), providers=providers)
+    return OnnxRuntimeSession(path, providers=providers)

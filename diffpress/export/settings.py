@@ -1,0 +1,37 @@
+"""What an engine shall accept and where it shall run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from diffpress.config import config
+
+Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
+
+
+@config
+class ExportConfig:
+    """The engine that is built."""
+
+    target: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
+    """Run-time that executes the engine."""
+    batch: Literal["dynamic"] | Annotated[int, Field(ge=1)] = "dynamic"
+    """``dynamic``, or the one number of images that the engine accepts at a time."""
+    size: Literal["static", "dynamic"] = "static"
+    """Whether the engine accepts one image size only."""
+    height: Pixels | None = None
+    """Image height in pixels; null: the model's own."""
+    width: Pixels | None = None
+    """Image width in pixels; null: the model's own."""
+    providers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Execution providers or devices of the run-time in order of preference; null: the target's default."""
+    opset: Annotated[int, Field(ge=19, le=24)] = 20
+    """ONNX operator set; 8-bit weights with a scale for each channel need 19."""
+
+    @model_validator(mode="after")
+    def _both_sides(self) -> ExportConfig:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width go together: give both, or neither")
+        return self
