@@ -7,6 +7,7 @@ folder. ``history.json`` says which steps are done; a step whose key and output 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -29,6 +30,7 @@ from diffpress.memory import resident_peak
 logger = logging.getLogger(__name__)
 
 HISTORY = "history.json"
+_BEFORE_HISTORY = {".lock", f".{HISTORY}.partial"}  # what a run that was killed at its very start leaves
 _CHUNK = 1 << 22
 
 
@@ -92,7 +94,8 @@ class Artifact:
         """
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"output {folder} is a file; allowed: a folder, new or made by diffpress")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / HISTORY).exists():
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if held - _BEFORE_HISTORY and HISTORY not in held:
             raise ConfigError(
                 f"output {folder} holds other things; allowed: a new or empty folder, or one that diffpress made"
             )
@@ -108,7 +111,9 @@ class Artifact:
                 yield cls(folder)
         except filelock.Timeout as error:
             raise ArtifactError(f"{folder}: another run is at work in this folder") from error
-        except PermissionError as error:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
             raise InfrastructureError(f"output {folder} cannot be written: {error.strerror}") from error
 
     def step(self, name: str, key: str, output: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -154,6 +159,11 @@ class Artifact:
             ):
                 return entry
         return None
+
+    def forget(self, name: str) -> None:
+        """Let a step be done again."""
+        self.history = [item for item in self.history if item["name"] != name]
+        write_json(self.folder / HISTORY, self.history)
 
     def entry(self, name: str) -> dict[str, Any]:
         """The last entry called ``name``; ArtifactError when the step never finished."""

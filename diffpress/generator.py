@@ -220,7 +220,7 @@ class Generator:
         if name is None or type(self.pipeline.scheduler).__name__ == name:
             return
         found = getattr(diffusers, name, None)
-        if found is None or not hasattr(found, "from_config"):
+        if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
             known = ", ".join(type_.__name__ for type_ in self.pipeline.scheduler.compatibles)
             raise ConfigError(f"scheduler {name!r} is not in diffusers; this generator can use {known}")
         self.pipeline.scheduler = found.from_config(self.pipeline.scheduler.config)

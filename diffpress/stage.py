@@ -23,7 +23,7 @@ class Context:
     progress: Progress = field(default=SILENT)
 
     def run(self, generator: Generator, label: str) -> None:
-        """Sample every condition over the whole schedule, both guidance branches; hooks see the calls, nothing is kept."""
+        """Sample every condition over the whole schedule, both branches; hooks see the calls, nothing is kept."""
         generator.sample(
             self.conditions,
             seeds=self.seeds,
@@ -36,7 +36,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Applied:
-    """The generator after a stage, what `Stage.restore` needs to rebuild its structure (JSON-able), and one sentence."""
+    """The generator after a stage, what `Stage.restore` needs (JSON-able), and one sentence for the report."""
 
     generator: Generator
     metadata: dict[str, Any]
@@ -44,7 +44,7 @@ class Applied:
 
 
 class Stage(Protocol):
-    """One step of a recipe. ``check`` is cheap and raises ConfigError; ``apply`` does the work in place and may calibrate."""
+    """One step of a recipe: ``check`` is cheap and raises ConfigError; ``apply`` works in place."""
 
     Config: ClassVar[type]
     config: Any

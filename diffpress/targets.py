@@ -19,7 +19,7 @@ class Target:
     symmetric: bool
     """Zero point fixed at code 0."""
     quantizes_convolutions: bool
-    """Whether 8-bit convolutions are worth having there (measured: on the CPU, ONNX Runtime gains nothing from them)."""
+    """Whether 8-bit convolutions are worth having there (on the CPU, ONNX Runtime gains nothing from them)."""
     dynamic: bool
     """Whether activation scales can be taken at run time."""
 

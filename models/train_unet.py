@@ -80,8 +80,8 @@ class TextToImage(torch.nn.Module):
         return self.unet(x, t, self.text_encoder(tokens).last_hidden_state).sample
 
 
-def save(model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> None:
-    """The tokenizer also as vocab.json and merges.txt, which transformers before 5 reads."""
+def save(model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer, prompts: list[str]) -> None:
+    """The tokenizer also as vocab.json and merges.txt, which transformers before 5 reads; all names as prompts.txt."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=model.text_encoder,
@@ -94,6 +94,7 @@ def save(model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> No
     )
     export(pipeline, FOLDER)
     tokenizer.backend_tokenizer.model.save(str(FOLDER / "tokenizer"))
+    (FOLDER / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     path = FOLDER / "text_encoder/config.json"
     config = json.loads(path.read_text()) | {"dtype": "float32"}  # loaded as diffusers loads the rest by default
     path.write_text(json.dumps(config, indent=2) + "\n")
@@ -108,9 +109,8 @@ def caption_choices(item: emoji.Emoji) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--peak", type=float, default=6e-4, help="highest learning rate")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--peak", type=float, default=8e-4, help="highest learning rate")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -122,9 +122,9 @@ def main() -> None:
         [tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids for texts in choices]
     ).to(device)  # [count, choices, LENGTH]
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(device)
+    prompts = [names[index].name for index in np.random.default_rng(0).permutation(len(names))]
     model, vae = TextToImage(tokenizer).to(device), load_autoencoder()
     model.unet.to(memory_format=torch.channels_last)
-    forward = torch.compile(model) if args.compile else model
     alphas_cumprod = make_scheduler().alphas_cumprod.to(device)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
@@ -133,10 +133,15 @@ def main() -> None:
         choice = torch.from_numpy(rng.integers(tokens.shape[1], size=args.batch)).to(device)
         drop = torch.from_numpy(rng.random((args.batch, 1)) < CAPTION_DROP).to(device)
         prompt = torch.where(drop, empty, tokens[chosen, choice])
-        return diffusion_loss(lambda x, t: forward(x, t, prompt), latents[variant, chosen], alphas_cumprod)
+        return diffusion_loss(lambda x, t: model(x, t, prompt), latents[variant, chosen], alphas_cumprod)
 
     provenance = fit(
-        model, loss_of, name="unet", steps=args.steps, peak=args.peak, export=lambda: save(model, vae, tokenizer)
+        model,
+        loss_of,
+        name="unet",
+        steps=args.steps,
+        peak=args.peak,
+        export=lambda: save(model, vae, tokenizer, prompts),
     )
     write_training(FOLDER, provenance)
     print(provenance)

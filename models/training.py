@@ -54,7 +54,7 @@ def fit(
     device = pick_device()
     path = WORK / f"{name}.checkpoint.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=weight_decay, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
     ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75)
     state = {"step": 0, "seconds": 0.0, "losses": []}
     if path.exists():

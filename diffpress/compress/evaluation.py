@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from diffpress.artifact import folder_hash
 from diffpress.compress.measured import distribution_metric, paired_metric
 from diffpress.compress.page import Pictures
 from diffpress.compress.recipe import Recipe, find_path, read_prompts
@@ -65,7 +66,7 @@ def read_samples(path: Path) -> Samples:
 
 
 def write_features(path: Path, sets: dict[str, Path], recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Features of the original's, the engine's and the reference's pictures in one file; returns the extractor's identity.
+    """Features of the original's, the engine's and the reference's pictures in one file; returns who extracted them.
 
     ``sets`` are sample files by name; ``reference`` is among them where the recipe names no other.
     """
@@ -84,6 +85,13 @@ def write_features(path: Path, sets: dict[str, Path], recipe: Recipe, progress: 
 def _extractor(recipe: Recipe) -> Extractor:
     assert recipe.evaluate.features is not None
     return load_extractor(_local(recipe.evaluate.features))
+
+
+def yardstick(recipe: Recipe) -> list[str | None]:
+    """Identities of the extractor and of the reference: what distances depend on besides the pictures."""
+    reference = recipe.evaluate.reference
+    found = None if reference is None else find_path(reference.partition("#")[0])
+    return [_extractor(recipe).identity, reference, folder_hash(found) if found else None]
 
 
 def _local(name: str) -> str:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
+from diffpress import __version__
 from diffpress.artifact import Artifact, fingerprint, folder_hash, load_weights, read_json, save_weights, write_json
 from diffpress.compress import evaluation, timing
 from diffpress.compress.assemble import ENGINE, MIB, Found, assemble, now, plain, stage_name
@@ -33,7 +35,8 @@ from diffpress.targets import find_target
 logger = logging.getLogger(__name__)
 
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
-FEATURES = "evaluation/features.safetensors"
+FEATURES, LATENCY = "evaluation/features.safetensors", "evaluation/latency.json"
+_ROWS = TypeAdapter(tuple[Latency, ...])
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Run:
         self.original = load_original(recipe)
         assert self.original.source is not None
         self.source = self.original.source
-        self.model_hash = folder_hash(self.source, suffixes=MODEL_FILES)
+        self.model_hash = _model_hash(self.source)
         self.target = find_target(recipe.export.target)
         self.stages: list[tuple[str, Stage]] = [
             (spec.method, METHODS[spec.method](spec.config)) for spec in recipe.stages
@@ -66,9 +69,10 @@ class Run:
         self.original.use_scheduler(self.recipe.evaluate.scheduler)
         evaluation.conditions_of(self.recipe, self.original, self.recipe.evaluate.samples)
         evaluation.check_evaluation(self.recipe)
+        timing.check_baselines(self.recipe.evaluate.baselines)
 
     def context(self) -> Context:
-        """Calibration runs: other seeds than those of the compared pictures, the final schedule unless told otherwise."""
+        """Calibration runs: other seeds than the compared pictures', the final schedule unless told otherwise."""
         chosen, plan = self.recipe.calibration, evaluation.plan_of(self.recipe)
         changes: dict[str, Any] = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
         first = self.recipe.seed + evaluation.CALIBRATION_SEED
@@ -84,7 +88,7 @@ class Run:
     def base_key(self) -> str:
         context = self.context()
         calibration = [context.conditions, list(context.seeds), dataclasses.asdict(context.plan), context.batch_size]
-        return fingerprint(self.model_hash, self.target.name, calibration)
+        return fingerprint(__version__, self.model_hash, self.target.name, calibration)
 
     def build(self) -> None:
         """The stages and the engine, as far as they are not there yet."""
@@ -130,7 +134,12 @@ class Run:
         folder.mkdir()
         save_weights(generator.denoiser, folder / "denoiser.safetensors")
         write_json(folder / "metadata.json", applied.metadata)
-        return {"seed": self.recipe.seed, "versions": describe_machine()["versions"], "summary": applied.summary}
+        return {
+            "config": plain(stage.config),
+            "seed": self.recipe.seed,
+            "versions": describe_machine()["versions"],
+            "summary": applied.summary,
+        }
 
     def _export(self, generator: Generator, folder: Path) -> dict[str, Any]:
         built = export(
@@ -156,7 +165,7 @@ class Run:
             for name in ("original", "engine")
         }
         paired = evaluation.paired_metrics(pictures["original"], pictures["engine"])
-        latency = measure_candidates(self, engine, rounds=recipe.evaluate.latency_rounds)
+        latency = self._latency(engine, engine_hash)
         report = assemble(self, Found(quality, paired, latency, preprocessing, started))
         conditions = evaluation.conditions_of(recipe, self.original, recipe.evaluate.samples)
         captions = [_caption(self.original, condition) for condition in conditions]
@@ -190,7 +199,8 @@ class Run:
             return (), None
         names = ["original", "engine", *([] if self.recipe.evaluate.reference else ["reference"])]
         sets = {name: self.artifact.folder / f"evaluation/{name}.safetensors" for name in names}
-        key = fingerprint(engine_hash, [self.artifact.entry(f"sample {name}")["hash"] for name in names])
+        drawn = [self.artifact.entry(f"sample {name}")["hash"] for name in names]
+        key = fingerprint(engine_hash, drawn, evaluation.yardstick(self.recipe))
 
         def work(path: Path) -> dict[str, Any]:
             return evaluation.write_features(path, sets, self.recipe, self.progress)
@@ -198,12 +208,24 @@ class Run:
         entry = self.artifact.step("features", key, FEATURES, work)
         return evaluation.quality_metrics(self.artifact.folder / FEATURES), entry["preprocessing"]
 
+    def _latency(self, engine: Generator, engine_hash: str) -> tuple[Latency, ...]:
+        chosen, plan = self.recipe.evaluate, dataclasses.asdict(evaluation.plan_of(self.recipe))
+        key = fingerprint(engine_hash, self.model_hash, plan, chosen.baselines, chosen.latency_rounds)
+
+        def work(path: Path) -> dict[str, Any]:
+            path.write_bytes(_ROWS.dump_json(measure_candidates(self, engine, rounds=chosen.latency_rounds)))
+            return {"machine": describe_machine()}
+
+        self.artifact.step("latency", key, LATENCY, work)
+        return _ROWS.validate_json((self.artifact.folder / LATENCY).read_bytes())
+
     def _refuse_slow(self, latency: tuple[Latency, ...]) -> None:
         for row in latency:
             if row.candidate == "engine" and row.speedup is not None and row.speedup.high < 1:
                 raise SlowEngineError(
                     f"the engine is slower than stock diffusers eager fp32 at {row.scope}: "
-                    f"{row.median.value:.1f} ms, {1 / row.speedup.value:.2f}x as long; the report is in {self.artifact.folder}"
+                    f"{row.median.value:.1f} ms, {1 / row.speedup.value:.2f}x as long; "
+                    f"the report is in {self.artifact.folder}"
                 )
 
 
@@ -228,7 +250,7 @@ def evaluate(directory: Path, *, progress: Progress = SILENT) -> Report:
     with _reopen(directory, progress) as work:
         entry = work.artifact.entry(ENGINE)
         entry["hash"] = folder_hash(directory / ENGINE)
-        write_json(directory / "history.json", work.artifact.history)
+        work.artifact.forget("latency")
         return work.evaluate()
 
 
@@ -250,7 +272,7 @@ def measure_candidates(work: Run, engine: Generator, *, rounds: int) -> tuple[La
     for candidate in candidates.values():
         candidate.generator.use_scheduler(recipe.evaluate.scheduler)
     memory = timing.memory_of({"engine": work.artifact.folder / ENGINE, "eager": work.source}, recipe, work.progress)
-    return timing.measure(candidates, recipe, rounds=rounds, memory=memory, progress=work.progress)
+    return timing.measure(candidates, work.original, recipe, rounds=rounds, memory=memory, progress=work.progress)
 
 
 @contextlib.contextmanager
@@ -267,6 +289,12 @@ def load_original(recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Gene
     """The recipe's model."""
     found = find_path(recipe.model)
     return Generator.load(found or recipe.model, revision=recipe.revision, dtype=dtype)
+
+
+def _model_hash(folder: Path) -> str:
+    """Of the index and the parts; cards, scores and pictures beside them may change."""
+    parts = [path for path in sorted(folder.iterdir()) if path.is_dir() or path.name == "model_index.json"]
+    return fingerprint(*(folder_hash(path, suffixes=MODEL_FILES) for path in parts))
 
 
 def _needed(recipe: Recipe) -> int:

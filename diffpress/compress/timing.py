@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from diffpress.compress.evaluation import conditions_of, plan_of
 from diffpress.compress.measured import latency_rows
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.report import Latency, Scope
+from diffpress.errors import ConfigError
 from diffpress.eval.latency import benchmark, peak_memory
 from diffpress.export import load
 from diffpress.generator import Generator
@@ -30,6 +34,15 @@ class Candidate:
 
     generator: Generator
     setting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    """Raises ConfigError when ``compiled`` is asked for and there is no C++ compiler for torch.compile."""
+    if "compiled" in names and not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
+        raise ConfigError(
+            "evaluate.baselines: 'compiled' needs a C++ compiler (g++ or clang++) for torch.compile, and none is "
+            "installed; allowed without one: eager, medium"
+        )
 
 
 @contextlib.contextmanager
@@ -54,13 +67,18 @@ def baseline(name: str, load: Callable[[torch.dtype], Generator]) -> Candidate:
 
 
 def measure(
-    candidates: dict[str, Candidate], recipe: Recipe, *, rounds: int, memory: dict[str, float], progress: Progress
+    candidates: dict[str, Candidate],
+    original: Generator,
+    recipe: Recipe,
+    *,
+    rounds: int,
+    memory: dict[str, float],
+    progress: Progress,
 ) -> tuple[Latency, ...]:
     """One whole picture and one denoiser call of every candidate, timed in turns; ``memory`` by candidate, MiB."""
     plan = plan_of(recipe)
     rows: list[Latency] = []
-    first = next(iter(candidates.values())).generator
-    conditions = conditions_of(recipe, first, 1)
+    conditions = conditions_of(recipe, original, 1)
 
     def whole(candidate: Candidate) -> Callable[[], object]:
         def call() -> object:
@@ -69,12 +87,17 @@ def measure(
 
         return call
 
+    recorded = original.record(conditions, seeds=[0], plan=plan, limit=1)[0]
+
     def denoise(candidate: Candidate) -> Callable[[], object]:
-        recorded = candidate.generator.record(conditions, seeds=[0], plan=plan, limit=1)[0]
+        denoiser = candidate.generator.denoiser
+        inputs = pytree.tree_map_only(
+            Tensor, lambda x: x.to(denoiser.dtype) if x.is_floating_point() else x, recorded.inputs
+        )
 
         def call() -> object:
             with candidate.setting(), torch.no_grad():
-                return candidate.generator.denoiser(**recorded.inputs, **recorded.constants)
+                return denoiser(**inputs, **recorded.constants)
 
         return call
 

@@ -40,7 +40,7 @@ class Built:
 
 
 def check_export(generator: Generator, settings: ExportConfig) -> None:
-    """Refuse before any work what cannot be built: a missing run-time, a free size for a generator that has one size."""
+    """Refuse before any work what cannot be built: a missing run-time, a free size where the generator has one."""
     find_target(settings.target)
     if settings.size == "dynamic" and not generator.can_resize:
         raise ConfigError(
@@ -116,11 +116,17 @@ def _export_part(generator: Generator, part: Component, folder: Path, settings: 
         from diffpress.export import tensorrt
 
         shapes = {name: _profile(tuple(tensor.shape), part.free[name]) for name, tensor in part.flat_inputs().items()}
-        tensorrt.build(path, path.with_suffix(".engine"), profiles=shapes)
+        tensorrt.build(
+            path,
+            path.with_suffix(".engine"),
+            profiles=shapes,
+            timing_cache=folder.parent / "tensorrt.timing",
+            version_compatible=settings.version_compatible,
+        )
 
 
 def _profile(shape: tuple[int, ...], free: dict[int, str]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Least, usual and greatest shape of an input: free axes from 1 (batch) or half (size) to four times the recorded."""
+    """Least, usual and greatest shape: free axes go from 1 (batch) or half (size) to four times the recorded."""
     least = tuple(
         {"batch": 1, "size": max(1, size // 2)}.get(free.get(axis, ""), size) for axis, size in enumerate(shape)
     )
@@ -162,7 +168,8 @@ def _denoiser_calls(generator: Generator, conditions: Sequence[Any], plan: Sampl
 def _prove(
     generator: Generator, part: Component, folder: Path, settings: ExportConfig, calls: list
 ) -> tuple[Parity, str, int]:
-    session = open_session(folder / part.folder / "model.onnx", target=settings.target, providers=settings.providers)
+    path = folder / part.folder / "model.onnx"
+    session = open_session(path, target=settings.target, providers=settings.providers, trusted=True)
     wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
     found = check_precision(part.folder, session, wanted) if wanted else 0
     pairs = calls if part.role == "denoiser" else [(part.flat_inputs(), part.outputs)]

@@ -1,7 +1,7 @@
 """The parts of a pipeline that become engines, found by watching one real run.
 
-A part is a torch module, one of its methods, and the tensors that went in and out, by name. Running the pipeline once with
-one picture and once with two tells which axes are the batch; a run at another size tells which follow the picture's size.
+A part is a torch module, one of its methods, and the tensors that went in and out, by name. Running the pipeline once
+with one picture and once with two tells which axes are the batch; a run at another size tells which follow the size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Free = dict[str, dict[int, str]]  # input name -> axis -> what it follows ("batc
 
 @dataclass(frozen=True)
 class Component:
-    """One engine to be: ``folder`` is its place in the diffusers / optimum layout, ``attribute`` its place in the pipeline."""
+    """One engine to be: ``folder`` in the diffusers / optimum layout, ``attribute`` of the pipeline."""
 
     role: Role
     folder: str
@@ -70,6 +70,14 @@ def flatten_outputs(role: Role, output: Any) -> dict[str, Tensor]:
         return {"latent_parameters": output.latent_dist.parameters}
     tensor = output[0] if isinstance(output, tuple) else output.sample
     return {"out_sample" if role == "denoiser" else "sample": tensor}
+
+
+def _named(role: Role, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by optimum's names: the decoder's first is ``latent_sample``, whatever its class calls it."""
+    if role != "decoder":
+        return arguments
+    first, *others = arguments.items()
+    return {"latent_sample": first[1], **dict(others)}
 
 
 def _spy(module: Any, method: str, seen: list[tuple[dict[str, Any], Any]]) -> AbstractContextManager[None]:
@@ -159,7 +167,7 @@ def _another_size(generator: Generator, plan: SamplingPlan) -> SamplingPlan:
 
 
 def _component(part: _Part, main: tuple, others: dict[str, tuple]) -> Component:
-    arguments, output = main
+    arguments, output = _named(part.role, main[0]), main[1]
     inputs = {
         name: value
         for name, value in arguments.items()
@@ -174,7 +182,8 @@ def _component(part: _Part, main: tuple, others: dict[str, tuple]) -> Component:
     for name, tensor in flat.items():
         axes: dict[int, str] = {}
         for what, (other_arguments, _) in others.items():
-            other = flatten_inputs({key: other_arguments[key] for key in inputs})[name]
+            named = _named(part.role, other_arguments)
+            other = flatten_inputs({key: named[key] for key in inputs})[name]
             axes |= {axis: what for axis, size in enumerate(other.shape) if size != tensor.shape[axis]}
         free[name] = axes
     return Component(

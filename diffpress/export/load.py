@@ -21,12 +21,15 @@ from diffpress.generator import quiet_loading
 logger = logging.getLogger(__name__)
 
 
-def load(folder: str | Path, *, providers: Sequence[str] | None = None) -> diffusers.DiffusionPipeline:
+def load(
+    folder: str | Path, *, providers: Sequence[str] | None = None, trusted: bool = False
+) -> diffusers.DiffusionPipeline:
     """The diffusers pipeline of an engine folder (or of the run folder around it), running the engine.
 
     The denoiser, the autoencoder and the text encoders are engines; scheduler, tokenizers and everything the pipeline
-    does stay stock. ``pipeline.providers`` says what each engine really runs on. Raises ArtifactError when the folder is
-    not a complete engine.
+    does stay stock. ``pipeline.providers`` says what each engine really runs on. ``trusted`` lets a
+    version-compatible TensorRT engine run the code it carries. Raises ArtifactError when the folder is not a complete
+    engine.
     """
     root = Path(folder)
     root = root / "engine" if (root / "engine" / MANIFEST).is_file() else root
@@ -34,7 +37,12 @@ def load(folder: str | Path, *, providers: Sequence[str] | None = None) -> diffu
     providers = providers or manifest["export"]["providers"]
     parts: dict[str, Any] = {}
     for part in manifest["parts"]:
-        session = open_session(root / part["folder"] / "model.onnx", target=manifest["target"], providers=providers)
+        session = open_session(
+            _there(root / part["folder"] / "model.onnx"),
+            target=manifest["target"],
+            providers=providers,
+            trusted=trusted,
+        )
         parts[part["folder"]] = session, _read(root / part["folder"] / "config.json"), part
     components = _engines(parts, manifest)
     for name, value in index.items():
@@ -70,14 +78,19 @@ def _stock(folder: Path, library: str, name: str) -> Any:
     """A scheduler, tokenizer or other small part, from diffusers or transformers only."""
     if library not in ("diffusers", "transformers"):
         raise ArtifactError(f"{folder} is of {library}.{name}; allowed: diffusers and transformers")
+    _there(folder)
     with quiet_loading():
         return getattr(importlib.import_module(library), name).from_pretrained(str(folder))
 
 
+def _there(path: Path) -> Path:
+    if not path.exists():
+        raise ArtifactError(f"{path.parent} is not a built engine, or not a whole one: {path.name} is missing")
+    return path
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path.parent} is not a built engine: {path.name} is missing") from error
+        return json.loads(_there(path).read_text("utf8"))
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error

@@ -20,7 +20,7 @@ from diffpress.export.session import Session
 
 
 class EngineModule(nn.Module):
-    """What all stand-ins share: the config of the module they replace, and where pipelines look for device and dtype."""
+    """What all stand-ins share: the config of what they replace, and where pipelines look for device and dtype."""
 
     def __init__(self, session: Session, config: dict[str, Any]) -> None:
         super().__init__()
@@ -33,10 +33,10 @@ class EngineModule(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if "CUDA" in self.session.provider or "TensorRT" in self.session.provider else "cpu")
+        return torch.device("cuda" if "TensorRT" in self.session.provider else "cpu")  # the others return CPU tensors
 
     def run(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
-        """Call the engine with those arguments it has inputs for. Raises EngineError when one of its inputs is missing."""
+        """Call the engine with the arguments it has inputs for. Raises EngineError when one of them is missing."""
         given = flatten_inputs({name: value for name, value in arguments.items() if value is not None})
         missing = [name for name in self.session.inputs if name not in given]
         if missing:

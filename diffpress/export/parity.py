@@ -1,4 +1,4 @@
-"""Does the reloaded engine compute what the torch model computes? Zero, NaN and constant outputs have names of their own."""
+"""Does the reloaded engine compute what torch computes? NaN and constant outputs have names of their own."""
 
 from __future__ import annotations
 
@@ -58,10 +58,11 @@ def _difference(what: str, actual: Tensor, expected: Tensor) -> float:
 
 
 def check_precision(name: str, session: Session, wanted: int) -> int:
-    """The number of 8-bit products in the built graph; PrecisionError when fewer than the ``wanted`` quantized layers."""
+    """Count the 8-bit products of the built graph. Raises PrecisionError when fewer than ``wanted`` layers."""
     found = session.quantized_ops()
     if found < wanted:
         raise PrecisionError(
-            f"{name}: {wanted} layers were quantized, but only {found} products of the built graph run in 8 bits ({session.provider})"
+            f"{name}: {wanted} layers were quantized, but only {found} products of the built graph run in 8 bits "
+            f"({session.provider})"
         )
     return found

@@ -36,7 +36,7 @@ class Session(Protocol):
     inputs: dict[str, torch.dtype]
     outputs: list[str]
     provider: str
-    """The run-time and the device or provider that really executes, such as "ONNX Runtime 1.31 CPUExecutionProvider"."""
+    """Run-time and provider or device that really execute, such as "ONNX Runtime 1.31.1, CPUExecutionProvider"."""
 
     def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Outputs in the order of ``outputs``. Raises EngineError for a shape the engine was not built for."""
@@ -124,7 +124,8 @@ class OpenVinoSession:
         except RuntimeError as error:
             raise EngineError(f"{path}: OpenVINO cannot compile it: {error}") from error
         self._request = self._compiled.create_infer_request()
-        self.provider = f"OpenVINO {openvino.__version__.split('-')[0]}, {', '.join(self._compiled.get_property('EXECUTION_DEVICES'))}"
+        devices = ", ".join(self._compiled.get_property("EXECUTION_DEVICES"))
+        self.provider = f"OpenVINO {openvino.__version__.split('-')[0]}, {devices}"
         self.inputs = {item.any_name: getattr(torch, _torch_name(item.element_type)) for item in self._compiled.inputs}
         self.outputs = [item.any_name for item in self._compiled.outputs]
 
@@ -156,13 +157,13 @@ def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().to("cpu", dtype).numpy())
 
 
-def open_session(path: Path, *, target: str, providers: Sequence[str] | None = None) -> Session:
-    """The engine file ``path`` on the run-time of ``target``."""
+def open_session(path: Path, *, target: str, providers: Sequence[str] | None = None, trusted: bool = False) -> Session:
+    """The engine file ``path`` on the run-time of ``target``; ``trusted`` lets a TensorRT engine bring its own code."""
     find_target(target)
     if target == "openvino":
         return OpenVinoSession(path, providers=providers)
     if target == "tensorrt":
         from diffpress.export.tensorrt import TensorRTSession
 
-        return TensorRTSession(path.with_suffix(".engine"), providers=providers)
+        return TensorRTSession(path.with_suffix(".engine"), providers=providers, trusted=trusted)
     return OnnxRuntimeSession(path, providers=providers)

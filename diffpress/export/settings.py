@@ -27,6 +27,8 @@ class ExportConfig:
     """Image width in pixels; null: the model's own."""
     providers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Execution providers or devices of the run-time in order of preference; null: the target's default."""
+    version_compatible: bool = False
+    """TensorRT only: an engine that later TensorRT versions of the same major load too; slower, and carries code."""
     opset: Annotated[int, Field(ge=19, le=24)] = 20
     """ONNX operator set; 8-bit weights with a scale for each channel need 19."""
 
@@ -34,4 +36,6 @@ class ExportConfig:
     def _both_sides(self) -> ExportConfig:
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width go together: give both, or neither")
+        if self.version_compatible and self.target != "tensorrt":
+            raise ValueError(f"version_compatible is for target tensorrt; target is {self.target}")
         return self

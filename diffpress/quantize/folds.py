@@ -104,7 +104,7 @@ def _value_fold(name: str, attention: Attention) -> Fold:
 
 @torch.no_grad()
 def apply_fold(fold: Fold, r: Tensor) -> None:
-    """Divide the tensor's channels by r > 0 where it is made and multiply its consumers' input channels by r: same function."""
+    """Divide the tensor's channels by r > 0 where it is made, multiply its consumers' input channels: same function."""
     if not bool((r > 0).all()):
         raise ValueError(f"{fold.name}: every factor must be positive; the smallest is {float(r.min())}")
     for consumer in fold.consumers:

@@ -22,7 +22,7 @@ from diffpress.targets import TARGETS, Target
 
 logger = logging.getLogger(__name__)
 
-# Embedders, modulation and the ends of the network: little work, much error (SmoothQuant and ModelOpt leave them out too).
+# Embedders, modulation and the ends of the network: little work, much error; ModelOpt leaves them out too.
 SENSITIVE = (
     "*time_embed*",
     "*time_emb_proj*",
@@ -83,7 +83,7 @@ class Int8:
         return target.quantizes_convolutions if chosen is None else chosen
 
     def check(self, generator: Generator, target: Target) -> None:
-        """Raises ConfigError for what the target cannot run, a skip pattern that matches nothing, a second quantization."""
+        """Raises ConfigError for what the target cannot run, a skip that matches nothing, a second quantization."""
         names = [name for name, _ in generator.denoiser.named_modules()]
         for pattern in self.config.skip:
             if not fnmatch.filter(names, pattern):

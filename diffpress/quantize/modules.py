@@ -1,7 +1,7 @@
 """Layers with 8-bit weights and activations: fake quantization in torch, Q/DQ nodes in an export.
 
-Both come from the same integers and scales. Weights are symmetric with one scale for each output channel and are kept as
-int8; a Linear keeps them as [in, out], so that the exported MatMul reads them without a Transpose in between.
+Both come from the same integers and scales. Weights are symmetric with one scale for each output channel and are kept
+as int8; a Linear keeps them as [in, out], so that the exported MatMul reads them without a Transpose in between.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _along(values: Tensor, ndim: int, axis: int) -> Tensor:
 
 
 class Activation(nn.Module):
-    """Quantizes and dequantizes its input per tensor: with a fixed scale, or (``dynamic``) with each input's own range."""
+    """Quantizes and dequantizes its input per tensor, with a fixed scale or (``dynamic``) each input's own."""
 
     scale: Tensor
     zero_point: Tensor

@@ -1,4 +1,4 @@
-"""Ranges of activations, seen one batch at a time: a histogram that grows, and three ways to choose the clipping range."""
+"""Ranges of activations, seen batch by batch: a histogram that grows, and three ways to choose what to clip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BINS = 2048
 
 
 class Histogram:
-    """Counts over [-limit, limit] in ``BINS`` equal bins; the limit doubles (two bins join) when a value lies outside."""
+    """Counts over [-limit, limit] in ``BINS`` equal bins; the limit doubles (bins join) when a value lies outside."""
 
     def __init__(self) -> None:
         self.low, self.high, self.limit = 0.0, 0.0, 0.0  # zero always lies in the range: padding and masks need it

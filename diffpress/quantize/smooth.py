@@ -27,7 +27,7 @@ class SmoothConfig:
 
 
 def smoothing_factors(activation_peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:
-    """r_j = max|X_j|^alpha / max|W_:j|^(1 - alpha), at least 1e-5; 1 where a channel is dead. Both peaks: [channels]."""
+    """r_j = max|X_j|^alpha / max|W_:j|^(1 - alpha), at least 1e-5; 1 for a dead channel. Both peaks: [channels]."""
     alive = (activation_peak > 0) & (weight_peak > 0)
     r = activation_peak.clamp(min=1e-5) ** alpha / weight_peak.clamp(min=1e-5) ** (1 - alpha)
     return torch.where(alive, r.clamp(min=1e-5), torch.ones_like(r))

@@ -1,0 +1,77 @@
+"""Folding a channel transform leaves the function as it was; half a fold does not."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffpress.quantize.folds import apply_fold, divide_modulation, find_folds
+
+EXACT = 1e-4  # relative: float32 up to association
+
+
+def factors(fold, seed=0):
+    channels = fold.consumers[0].weight.shape[1]
+    return torch.exp(0.7 * torch.randn(channels, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_where_it_folds_in_adaln_blocks(dit):
+    assert [fold.name for fold in find_folds(dit.denoiser)] == [
+        f"transformer_blocks.{block}.{place}" for block in (0, 1) for place in ("norm1", "attn1.to_out", "norm3")
+    ]
+
+
+def test_where_it_folds_in_cross_attention(sd):
+    places = [fold.name.rpartition("down_blocks.1.attentions.0.")[2] for fold in find_folds(sd.denoiser)]
+    block = "transformer_blocks.0."
+    assert {place for place in places if "blocks." not in place.removeprefix(block)} == {
+        "norm",
+        *(f"{block}{name}" for name in ("norm1", "attn1.to_out", "norm2", "attn2.to_out", "norm3", "ff.net.2")),
+    }
+
+
+@pytest.mark.parametrize("family", ["dit", "sd"])
+def test_all_folds_together_are_exact(family, request, first_call, relative):
+    generator = request.getfixturevalue(family)
+    before, call = first_call(generator)
+    weights = copy.deepcopy(generator.denoiser.state_dict())
+    for seed, fold in enumerate(find_folds(generator.denoiser)):
+        apply_fold(fold, factors(fold, seed))
+    assert relative(first_call(generator, call)[0], before) < EXACT
+    changed = {name for name, value in generator.denoiser.state_dict().items() if not torch.equal(value, weights[name])}
+    assert len(changed) > 2 * len(find_folds(generator.denoiser))  # each has a consumer and a producer
+
+
+@pytest.mark.parametrize("family", ["dit", "sd"])
+def test_half_a_fold_is_not(family, request, first_call, relative):
+    generator = request.getfixturevalue(family)
+    before, call = first_call(generator)
+    weights = copy.deepcopy(generator.denoiser.state_dict())
+    for fold in find_folds(generator.denoiser):
+        for half in (replace(fold, divide=lambda r: None), replace(fold, consumers=())):
+            apply_fold(half, factors(fold))
+            assert relative(first_call(generator, call)[0], before) > 10 * EXACT, fold.name
+            generator.denoiser.load_state_dict(weights)
+
+
+def test_modulation_closed_form():
+    linear = torch.nn.Linear(3, 6 * 4)
+    c, r = torch.randn(2, 3), torch.rand(4) + 0.5
+    before = linear(c).detach().reshape(2, 6, 4)
+    with torch.no_grad():
+        divide_modulation(linear, r, shift=3, scale=4)
+    after = linear(c).detach().reshape(2, 6, 4)
+    torch.testing.assert_close(after[:, 3], before[:, 3] / r)
+    torch.testing.assert_close(1 + after[:, 4], (1 + before[:, 4]) / r)
+    torch.testing.assert_close(after[:, [0, 1, 2, 5]], before[:, [0, 1, 2, 5]])
+    assert not torch.allclose(after[:, 4], before[:, 4] / r)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+def test_factors_must_be_positive(dit, bad):
+    fold = find_folds(dit.denoiser)[0]
+    r = factors(fold)
+    r[3] = bad
+    with pytest.raises(ValueError, match="must be positive"):
+        apply_fold(fold, r)

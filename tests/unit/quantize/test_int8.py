@@ -1,0 +1,144 @@
+"""The stage: what it quantizes, what it refuses, and that a saved one comes back bit for bit."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from diffpress.artifact import load_weights, save_weights
+from diffpress.errors import ConfigError
+from diffpress.generator import Generator
+from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.quantize.modules import QuantizedLayer
+from diffpress.targets import TARGETS
+
+ONNXRUNTIME, OPENVINO = TARGETS["onnxruntime"], TARGETS["openvino"]
+
+
+def test_layers_of_a_transformer(dit):
+    inside = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+    expected = {f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in inside}
+    assert set(Int8(Int8Config()).layers(dit.denoiser, OPENVINO)) == expected
+    skipping = Int8(Int8Config(skip=("transformer_blocks.0.*", "*.ff.net.2")))
+    assert len(skipping.layers(dit.denoiser, ONNXRUNTIME)) == 5
+
+
+def test_layers_of_a_unet(sd):
+    linear = Int8(Int8Config()).layers(sd.denoiser, ONNXRUNTIME)
+    assert {type(layer) for layer in linear.values()} == {torch.nn.Linear}
+    assert all("attentions" in name for name in linear)  # time embedding and its projections stay float
+    everything = Int8(Int8Config()).layers(sd.denoiser, OPENVINO)
+    assert set(linear) < set(everything)
+    assert "mid_block.resnets.0.conv1" in everything
+    assert not {"conv_in", "conv_out"} & set(everything)
+    assert Int8(Int8Config(convolutions=True)).layers(sd.denoiser, ONNXRUNTIME).keys() == everything.keys()
+    assert Int8(Int8Config(convolutions=False)).layers(sd.denoiser, OPENVINO).keys() == linear.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "message"),
+    [
+        (Int8Config(skip=("no_such_layer*",)), ONNXRUNTIME, r"skip 'no_such_layer\*' matches no layer of DiT"),
+        (Int8Config(activations="dynamic"), OPENVINO, "'dynamic' do not run on target openvino; .*can: onnxruntime"),
+        (Int8Config(activations="dynamic", convolutions=True), ONNXRUNTIME, "convolutions cannot have dynamic"),
+        (Int8Config(skip=("*",)), ONNXRUNTIME, "no layer of DiTTransformer2DModel is left"),
+    ],
+)
+def test_check_refuses(dit, config, target, message):
+    with pytest.raises(ConfigError, match=message):
+        Int8(config).check(dit, target)
+
+
+def test_check_refuses_a_second_time(dit, context):
+    stage = Int8(Int8Config())
+    stage.check(dit, ONNXRUNTIME)
+    stage.apply(dit, context(dit))
+    with pytest.raises(ConfigError, match="quantized already"):
+        stage.check(dit, ONNXRUNTIME)
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "activations"),
+    [("dit", "onnxruntime", "static"), ("dit", "onnxruntime", "dynamic"), ("sd", "openvino", "static")],
+)
+def test_saved_and_restored_it_is_the_same(family, target, activations, request, context, first_call, tmp_path):
+    generator = request.getfixturevalue(family)
+    in_float, call = first_call(generator)
+    applied = Int8(Int8Config(activations=activations)).apply(generator, context(generator, target))
+    expected = first_call(generator, call)[0]
+    assert 0 < float((expected - in_float).norm() / in_float.norm()) < 0.1
+    save_weights(generator.denoiser, tmp_path / "weights.safetensors")
+
+    again = Generator.load(generator.source)
+    Int8.restore(again, json.loads(json.dumps(applied.metadata)))
+    assert not torch.equal(first_call(again, call)[0], expected)  # the structure alone is not enough
+    load_weights(again.denoiser, tmp_path / "weights.safetensors")
+    assert torch.equal(first_call(again, call)[0], expected)
+
+
+def test_restore_refuses_another_model(dit, sd, context):
+    applied = Int8(Int8Config()).apply(dit, context(dit))
+    layers = dict.fromkeys(Int8(Int8Config()).layers(sd.denoiser, ONNXRUNTIME), "Linear[3, 3]")
+    with pytest.raises(ConfigError, match=r"but the artifact has Linear\[3, 3\]"):
+        Int8.restore(sd, applied.metadata | {"layers": layers})
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_ranges_hold_zero_and_all_that_was_seen(dit, context, target):
+    seen = {}
+
+    def hook(module, args, name):
+        low, high = args[0].aminmax()
+        before = seen.get(name, (0.0, 0.0))
+        seen[name] = min(before[0], float(low)), max(before[1], float(high))
+
+    stage, given = Int8(Int8Config(observer="minmax")), context(dit, target)
+    layers = stage.layers(dit.denoiser, given.target)
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda module, args, name=name: hook(module, args, name))
+    given.run(dit, "")
+    stage.apply(dit, given)
+    for name, (low, high) in seen.items():
+        activation = dit.denoiser.get_submodule(name).activation
+        scale, zero_point = float(activation.scale), int(activation.zero_point)
+        codes = torch.tensor([given.target.activation_low, given.target.activation_high])
+        covered = (codes - zero_point) * scale
+        assert covered[0] <= low + scale, name
+        assert covered[1] >= high - scale, name
+        assert activation(torch.zeros(1)).item() == 0
+        assert (covered[1] - covered[0]) < 2.1 * max(high, -low, high - low)  # and not much more than that
+
+
+def test_sensitivity_is_the_error_of_one_layer_alone(dit, context):
+    name, inputs, given = "transformer_blocks.1.ff.net.2", [], context(dit)
+    layer = dit.denoiser.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
+    given.run(dit, "")
+    handle.remove()
+    applied = Int8(Int8Config()).apply(dit, given)
+    sensitivity = applied.metadata["sensitivity"]
+    assert sensitivity.keys() == applied.metadata["layers"].keys()
+    assert all(0 < error < 0.2 for error in sensitivity.values())
+    twin = dit.denoiser.get_submodule(name)
+    with torch.no_grad():
+        exact, rounded = (torch.cat([module(x) for x in inputs]).double() for module in (layer, twin))
+    expected = float((rounded - exact).norm() / exact.norm())
+    assert sensitivity[name] == pytest.approx(expected, rel=1e-4)
+    assert sensitivity["transformer_blocks.0.ff.net.2"] != pytest.approx(expected, rel=1e-4)
+
+
+def test_values_that_are_not_finite_end_calibration(dit, context, hooks_of):
+    with torch.no_grad():
+        dit.denoiser.transformer_blocks[0].attn1.to_v.bias[0] = float("nan")
+    with pytest.raises(ConfigError, match="an activation is not finite"):
+        Int8(Int8Config()).apply(dit, context(dit))
+    assert hooks_of(dit.denoiser) == 0
+    assert not any(isinstance(module, QuantizedLayer) for module in dit.denoiser.modules())
+
+
+def test_a_layer_that_is_never_reached_is_named(dit, context, caplog):
+    dit.denoiser.unused = torch.nn.Linear(4, 4)
+    with caplog.at_level(logging.WARNING, "diffpress"):
+        Int8(Int8Config()).apply(dit, context(dit))
+    assert "unused saw only zeros, or was never called" in caplog.text

@@ -1,0 +1,125 @@
+"""The 8-bit layers: closed forms, torch's own fake quantization, and ONNX Runtime on the exported nodes."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffpress.errors import ParityError
+from diffpress.export.graph import export_graph
+from diffpress.export.parity import compare
+from diffpress.export.session import OnnxRuntimeSession
+from diffpress.quantize.modules import Activation, activation_step, quantized, weight_codes
+from diffpress.targets import TARGETS
+
+UNSIGNED, SIGNED = TARGETS["onnxruntime"], TARGETS["tensorrt"]
+CASES = {
+    "Linear": (nn.Linear(12, 12), (3, 5, 12)),
+    "Conv2d": (nn.Conv2d(12, 12, 3, padding=1, stride=2), (2, 12, 6, 6)),
+}
+
+
+class Variadic(nn.Module):
+    """A layer with the signature that `export_graph` expects."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *tensors):
+        return self.layer(*tensors)
+
+
+def test_weight_codes_closed_form():
+    codes, scale = weight_codes(torch.tensor([[1.0, -4.0], [0.0, 0.0], [0.5, 0.2]]), axis=0)
+    torch.testing.assert_close(scale, torch.tensor([4 / 127, 1.0, 0.5 / 127]))
+    assert codes.tolist() == [[32, -127], [0, 0], [127, 51]]
+    assert codes.dtype == torch.int8
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_weight_codes_agree_with_torch(axis):
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -2, 1, 6 - axis
+    ).reshape([-1, 1, 1, 1] if axis == 0 else [1, -1, 1, 1])
+    codes, scale = weight_codes(weight, axis=axis)
+    reference = torch.quantize_per_channel(weight, scale.double(), torch.zeros(len(scale)), axis, torch.qint8)
+    assert torch.equal(codes, reference.int_repr())
+    assert codes.abs().amax(dim=[dim for dim in range(4) if dim != axis]).tolist() == [127] * len(scale)
+    assert not torch.equal(codes, weight_codes(weight, axis=1 - axis)[0])  # the axis matters
+
+
+def test_activation_step_closed_form():
+    assert activation_step(-1.0, 3.0, UNSIGNED) == (pytest.approx(4 / 255), 64)
+    assert activation_step(0.0, 2.0, UNSIGNED) == (pytest.approx(2 / 255), 0)
+    assert activation_step(-2.0, 0.0, UNSIGNED) == (pytest.approx(2 / 255), 255)
+    assert activation_step(-1.0, 3.0, SIGNED) == (pytest.approx(3 / 127), 0)
+    assert activation_step(-4.0, 3.0, SIGNED) == (pytest.approx(4 / 127), 0)
+    assert activation_step(0.0, 0.0, UNSIGNED)[0] > 0
+
+
+@pytest.mark.parametrize("target", [UNSIGNED, SIGNED])
+def test_activation_agrees_with_torch(target):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(1)) + 0.5
+    activation = Activation(target)
+    activation.set_range(-1.0, 2.0, target)
+    bounds = (target.activation_low, target.activation_high)
+    reference = torch.fake_quantize_per_tensor_affine(x, float(activation.scale), int(activation.zero_point), *bounds)
+    torch.testing.assert_close(activation(x), reference)
+    assert activation(torch.zeros(1)).item() == 0
+    activation.zero_point += 1
+    assert not torch.allclose(activation(x), reference)
+
+
+def test_dynamic_activation_takes_the_range_of_its_input():
+    x = torch.tensor([-1.0, 0.3, 3.0])
+    error = (Activation(UNSIGNED, dynamic=True)(x) - x).abs()
+    assert error.max() <= 2 / 255  # half a step of (3 + 1) / 255
+    assert (Activation(UNSIGNED, dynamic=True)(100 * x) - 100 * x).abs().max() > 2 / 255
+
+
+def exported(kind, target, dynamic, path, spoil=lambda layer: None):
+    """(session, recorded calls) of an 8-bit layer; ``spoil`` acts on what is exported, not on what is expected."""
+    torch.manual_seed(0)
+    layer, shape = CASES[kind]
+    x = torch.randn(shape) + 0.4
+    activation = Activation(target, dynamic=dynamic)
+    activation.set_range(float(x.min()), float(x.max()), target)
+    twin = quantized(layer, activation)
+    with torch.no_grad():
+        expected = twin(x)
+        assert (expected - layer(x)).norm() < 0.03 * expected.norm()
+    spoil(twin)
+    export_graph(Variadic(twin).eval(), {"x": x}, ["y"], path, free={"x": {0: "batch"}}, opset=20)
+    return OnnxRuntimeSession(path), [({"x": x}, {"y": expected})]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "dynamic"),
+    [
+        ("Linear", UNSIGNED, False),
+        ("Linear", UNSIGNED, True),
+        ("Linear", SIGNED, False),
+        ("Conv2d", UNSIGNED, False),
+        ("Conv2d", SIGNED, False),
+    ],
+)
+def test_engine_computes_what_the_layer_does(kind, target, dynamic, tmp_path):
+    session, calls = exported(kind, target, dynamic, tmp_path / "model.onnx")
+    assert compare(kind, session, calls, tolerance=1e-5).error < 1e-5
+    assert session.quantized_ops() == 1
+
+
+def shift_zero_point(layer):
+    layer.activation.zero_point += 1
+
+
+def turn_axis(layer):
+    layer.axis = 1 - layer.axis
+
+
+@pytest.mark.parametrize("spoil", [shift_zero_point, turn_axis])
+@pytest.mark.parametrize("kind", CASES)
+def test_parity_catches_a_wrong_node(kind, spoil, tmp_path):
+    session, calls = exported(kind, UNSIGNED, False, tmp_path / "model.onnx", spoil)
+    with pytest.raises(ParityError, match="differs from torch"):
+        compare(kind, session, calls, tolerance=1e-3)

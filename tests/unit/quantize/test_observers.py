@@ -1,0 +1,97 @@
+"""Histograms against numpy on all the data at once, and ranges against the true error."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffpress.quantize.modules import Activation
+from diffpress.quantize.observers import BINS, Histogram, choose_range, rounded
+from diffpress.targets import TARGETS
+
+
+def seen(*batches):
+    histogram = Histogram()
+    for batch in batches:
+        histogram.update(torch.as_tensor(batch))
+    return histogram
+
+
+def normal(scale, count=20_000, seed=0):
+    return np.random.default_rng(seed).normal(scale=scale, size=count).astype(np.float32)
+
+
+def squared_error(data, bounds):
+    return float(((rounded(data.astype(np.float64), *bounds) - data) ** 2).mean())
+
+
+def test_growing_histogram_is_the_histogram_of_all_data():
+    batches = [normal(1, seed=0), normal(7, seed=1), normal(0.1, seed=2)]
+    histogram, data = seen(*batches), np.concatenate(batches)
+    expected, _ = np.histogram(data.astype(np.float64), BINS, (-histogram.limit, histogram.limit))
+    assert histogram.limit > 2 * 1.25 * np.abs(batches[0]).max()  # it did grow
+    assert (histogram.low, histogram.high) == (data.min(), data.max())
+    assert histogram.counts.sum() == len(data)
+
+    def apart(counts):  # values on the edge of a bin may fall to either side
+        return np.abs(np.cumsum(counts) - np.cumsum(expected)).max()
+
+    assert apart(histogram.counts) <= 5
+    assert apart(np.roll(histogram.counts, 1)) > 100
+
+
+def test_range_always_holds_zero():
+    histogram = seen(np.array([2.0, 3.0]), np.array([1.0]))
+    assert choose_range(histogram, "minmax") == (0.0, 3.0)
+    assert choose_range(seen(np.zeros(3)), "mse") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("percentile", [95.0, 99.0, 99.9])
+def test_percentile_against_numpy(percentile):
+    data = np.concatenate([normal(1), normal(3, seed=1)])
+    histogram = seen(data)
+    width, tail = 2 * histogram.limit / BINS, 1 - percentile / 100
+    expected = np.quantile(data, [tail, 1 - tail])
+    np.testing.assert_allclose(choose_range(histogram, "percentile", percentile=percentile), expected, atol=width)
+    other = choose_range(histogram, "percentile", percentile=90)
+    assert np.abs(np.array(other) - expected).min() > 2 * width
+
+
+def test_whole_percentile_is_the_whole_range():
+    data = normal(1)
+    histogram = seen(data)
+    width = 2 * histogram.limit / BINS
+    expected = (data.min(), data.max())
+    np.testing.assert_allclose(choose_range(histogram, "percentile", percentile=100), expected, atol=width)
+
+
+def test_mse_beats_minmax_on_heavy_tails():
+    data = np.random.default_rng(0).standard_t(df=3, size=50_000).astype(np.float32)
+    histogram = seen(data)
+    errors = {name: squared_error(data, choose_range(histogram, name)) for name in ("mse", "minmax")}
+    assert errors["mse"] < 0.7 * errors["minmax"]
+
+
+def test_mse_is_minmax_where_nothing_is_to_be_cut():
+    histogram = seen(np.random.default_rng(0).uniform(-1, 1, 50_000))
+    assert choose_range(histogram, "mse") == choose_range(histogram, "minmax")
+
+
+def test_mse_on_one_sided_data():
+    data = np.random.default_rng(0).exponential(size=50_000).astype(np.float32)
+    low, high = choose_range(seen(data), "mse")
+    assert low == 0
+    assert squared_error(data, (low, high)) < squared_error(data, (0, data.max()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite(bad):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        seen(np.array([0.0, 1.0]), np.array([1.0, bad]))
+
+
+def test_rounding_is_what_the_layer_does():
+    data, target = normal(1), TARGETS["onnxruntime"]
+    activation = Activation(target)
+    activation.set_range(-1.5, 2.0, target)
+    np.testing.assert_allclose(rounded(data, -1.5, 2.0), activation(torch.from_numpy(data)), atol=1e-6)
+    assert np.abs(rounded(data, -1.6, 2.0) - activation(torch.from_numpy(data)).numpy()).max() > 1e-3
