@@ -55,7 +55,7 @@ def verify(folder: Path, *, trust_remote_code: bool = False) -> dict:
             f"{folder}: {', '.join(own_code)} would run code from the checkpoint; allowed only with trust_remote_code"
         )
     for name, value in index.items():
-        if isinstance(value, list) and value[0] is not None:
+        if isinstance(value, list) and not name.startswith("_") and value and value[0] is not None:
             _verify_component(folder / name)
     return index
 

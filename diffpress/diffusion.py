@@ -88,7 +88,8 @@ def read_schedule(scheduler: Any) -> Schedule:
     kind = _PREDICTION_TYPES[declared]
     if kind == "flow":
         sigmas = (steps + 1) / len(steps)
-        shift = config.get("flow_shift") or config.get("shift") or 1.0
+        fixed = not config.get("use_dynamic_shifting")  # otherwise the shift depends on the size of the picture
+        shift = (config.get("flow_shift") or config.get("shift") or 1.0) if fixed else 1.0
         sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
         return Schedule(kind, 1 - sigmas, sigmas, sigmas * len(steps))
     cumulative = getattr(scheduler, "alphas_cumprod", None)

@@ -8,6 +8,7 @@ sampling runs say which inputs the network takes. So calibration and export need
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -360,9 +361,19 @@ class Generator:
         halves = [{name: _half(guided[name], size, first) for name in names} for first in (True, False)]
         return alone, halves[1] if _equal(halves[0], alone) else halves[0]
 
+    def index(self) -> dict[str, Any]:
+        """What ``model_index.json`` says of the pipeline, its class names included (DiTPipeline itself drops them)."""
+        named = {"_class_name": type(self.pipeline).__name__, "_diffusers_version": diffusers.__version__}
+        names: dict[str, list[str]] = {}
+        for name, number in self._labels().items():
+            names.setdefault(str(number), []).append(name)
+        labels = {"id2label": {number: ", ".join(group) for number, group in names.items()}} if names else {}
+        return named | {key: value for key, value in self.pipeline.config.items() if not key.startswith("_")} | labels
+
     def save(self, folder: Path) -> None:
         """Write the pipeline in the stock diffusers layout, safetensors only."""
         self.pipeline.save_pretrained(str(folder), safe_serialization=True)
+        (folder / "model_index.json").write_text(json.dumps(self.index(), indent=2, sort_keys=True) + "\n", "utf8")
 
 
 def _half(value: Any, size: int, first: bool) -> Any:

@@ -87,6 +87,10 @@ def export(pipeline: DiffusionPipeline, folder: Path) -> None:
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.save_pretrained(fresh)
+    for path in fresh.glob("*/config.json"):  # where a part was loaded from says nothing elsewhere
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     folder.mkdir(exist_ok=True)
     for part in sorted(fresh.iterdir()):
         if (folder / part.name).is_dir():

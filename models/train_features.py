@@ -15,10 +15,12 @@ import emoji
 import numpy as np
 import torch
 from pipelines import load_autoencoder, to_tensor
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from training import ROOT, fit, pick_device, write_provenance
 from transformers import ResNetConfig, ResNetForImageClassification
+
+from diffpress.eval.extractors import load_extractor
+from diffpress.eval.features import extract, save_features
 
 FOLDER = ROOT / "emoji-features"
 SIZE, MEAN, STD = 64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # so the network's input is [-1, 1], as the autoencoder's
@@ -85,6 +87,14 @@ def write_preprocessor() -> None:
     (FOLDER / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 
 
+def write_reference(images: np.ndarray, held_out: np.ndarray) -> None:
+    """Features of the plain renders, with the identity of the saved classifier."""
+    extractor = load_extractor(str(FOLDER))
+    parts = {"train": images[~held_out], "held_out": images[held_out]}
+    found = {name: extract(extractor, part, source="renders of Noto Color Emoji") for name, part in parts.items()}
+    save_features(FOLDER / "reference.safetensors", found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1800)
@@ -116,7 +126,7 @@ def main() -> None:
 
     provenance = fit(model, loss_of, name="features", steps=args.steps, peak=2e-3, weight_decay=0.05, ema_decay=0.99)
     model.to(memory_format=torch.contiguous_format)
-    features, logits = evaluate(model, x)
+    _, logits = evaluate(model, x)
     hit = (logits.argmax(1) == labels).float()
     seen = (evaluate(model, sources[1])[1].argmax(1) == y).float()
     provenance |= {
@@ -125,11 +135,8 @@ def main() -> None:
         "train accuracy through the autoencoder": round(seen.mean().item(), 4),
     }
     model.save_pretrained(FOLDER)
-    save_file(
-        {"train": features[~held_out].contiguous(), "held_out": features[held_out].contiguous()},
-        FOLDER / "reference.safetensors",
-    )
     write_preprocessor()
+    write_reference(images, held_out.numpy())
     write_provenance(FOLDER, provenance)
     print(provenance)
 

@@ -74,6 +74,7 @@ class TextToImage(torch.nn.Module):
             norm_num_groups=16,
         )
         self.unet.set_attn_processor(AttnProcessor())  # on the CPU the fused kernel's backward takes a third of a step
+        self.text_encoder.set_attn_implementation("eager")
         torch.nn.init.zeros_(self.unet.conv_out.weight)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -124,7 +125,6 @@ def main() -> None:
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(device)
     prompts = [names[index].name for index in np.random.default_rng(0).permutation(len(names))]
     model, vae = TextToImage(tokenizer).to(device), load_autoencoder()
-    model.unet.to(memory_format=torch.channels_last)
     alphas_cumprod = make_scheduler().alphas_cumprod.to(device)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:

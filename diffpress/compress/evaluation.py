@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def write_features(path: Path, sets: dict[str, Path], recipe: Recipe, progress: 
             found[name] = extract(extractor, read_samples(file).images, source=name)
             advance(1)
     if recipe.evaluate.reference is not None:
-        found["reference"] = load_reference(_local(recipe.evaluate.reference), extractor)
+        checked = load_reference(_local(recipe.evaluate.reference), extractor)
+        found["reference"] = dataclasses.replace(found["original"], values=checked.values, source=checked.source)
     save_features(path, found)
     return {"extractor": extractor.name, "preprocessing": extractor.identity}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.stats
@@ -91,7 +91,7 @@ def latency_rows(
 
 def median_interval(values: Sequence[float], *, unit: str, level: float = LEVEL) -> Estimate:
     """Median with the interval of the sign test (no assumption on the distribution); the range for very few values."""
-    found = scipy.stats.quantile_test(values, p=0.5).confidence_interval(level)
+    found: Any = scipy.stats.quantile_test(values, p=0.5).confidence_interval(level)
     low = min(values) if math.isnan(found.low) else found.low
     high = max(values) if math.isnan(found.high) else found.high
     middle = float(np.median(values))

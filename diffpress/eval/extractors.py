@@ -201,9 +201,9 @@ def _load_transformers(
 ) -> BatchedExtractor:
     from transformers import AutoModel
 
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))  # beside them may lie features of a reference
     if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors file; other formats can run code and are refused")
+        raise CheckpointError(f"{folder} holds no model*.safetensors; other formats can run code and are refused")
     prepare = Preprocessing.from_folder(folder)
     try:
         with _quiet_transformers():

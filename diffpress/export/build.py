@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
@@ -108,10 +108,9 @@ def _export_part(generator: Generator, part: Component, folder: Path, settings: 
     export_graph(
         Flat(module, part).eval(), part.flat_inputs(), list(part.outputs), path, free=part.free, opset=settings.opset
     )
-    settings_of_part = module.config if isinstance(module.config, dict) else module.config.to_dict()
-    (path.parent / "config.json").write_text(
-        json.dumps(dict(settings_of_part), indent=2, sort_keys=True, default=str) + "\n"
-    )
+    known = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    known = {name: value for name, value in known.items() if name != "_name_or_path"}  # where the checkpoint lay
+    (path.parent / "config.json").write_text(json.dumps(known, indent=2, sort_keys=True, default=str) + "\n")
     if settings.target == "tensorrt":
         from diffpress.export import tensorrt
 
@@ -139,12 +138,11 @@ def _write_pipeline(
 ) -> None:
     """model_index.json, what is not an engine (scheduler, tokenizers), and our manifest."""
     pipeline, engines = generator.pipeline, {part.attribute for part in parts}
-    named = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
-    index = named | {key: value for key, value in pipeline.config.items() if not key.startswith("_")}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(generator.index(), indent=2, sort_keys=True) + "\n")
     for name, component in pipeline.components.items():
         if name not in engines and hasattr(component, "save_pretrained"):
             component.save_pretrained(str(folder / name))
+            _copy_vocabulary(generator, name, folder)
     manifest = {
         "format": 1,
         "target": settings.target,
@@ -155,6 +153,13 @@ def _write_pipeline(
         "plan": dataclasses.asdict(plan),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_vocabulary(generator: Generator, name: str, folder: Path) -> None:
+    """Tokenizer files that transformers before 5 (and so optimum) reads, where the checkpoint has them."""
+    for file in ("vocab.json", "merges.txt"):
+        if generator.source is not None and (generator.source / name / file).is_file():
+            shutil.copy(generator.source / name / file, folder / name / file)
 
 
 def _denoiser_calls(generator: Generator, conditions: Sequence[Any], plan: SamplingPlan, count: int) -> list:

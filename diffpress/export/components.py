@@ -45,14 +45,17 @@ class Component:
 
 
 def flatten_inputs(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors of nested arguments by their own key (optimum's convention), or argument.index in a list."""
+    """Tensors of nested arguments by their own key (optimum's convention), or argument.index in a list.
+
+    Timesteps become float32 [1] or [batch]: schedulers give integers or fractions, with or without an axis.
+    """
     flat: dict[str, Tensor] = {}
     for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
         if isinstance(leaf, Tensor):
             keys: list[Any] = list(path)
             last = keys[-1]
             name = last.key if isinstance(last, pytree.MappingKey) else f"{keys[0].key}.{last.idx}"
-            flat[name] = leaf.float() if name == "timestep" else leaf  # schedulers give integers or fractions
+            flat[name] = leaf.float().reshape(-1) if name == "timestep" else leaf
     return flat
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -45,6 +46,19 @@ class Session(Protocol):
         """How many matrix products and convolutions of the built graph run in 8 bits."""
 
 
+@functools.cache
+def _shared_threads() -> bool:
+    """Let all sessions of the process share one pool: idle threads of one engine then do not keep another waiting.
+
+    Has to be asked for before the process opens its first session; False where somebody else was first.
+    """
+    try:
+        onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
 class OnnxRuntimeSession:
     """ONNX Runtime; without ``providers`` on CUDA where it is there, else on the CPU."""
 
@@ -61,6 +75,7 @@ class OnnxRuntimeSession:
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.use_per_session_threads = not _shared_threads()
         options.intra_op_num_threads = torch.get_num_threads()
         self._path = path
         try:
@@ -115,7 +130,7 @@ class OpenVinoSession:
         device = (providers or ["CPU"])[0]
         if device not in core.available_devices:
             raise EngineError(f"device {device} is not available; OpenVINO sees {', '.join(core.available_devices)}")
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if device == "CPU":
             settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         self._path = path
@@ -154,7 +169,7 @@ def _torch_name(element_type: Any) -> str:
 
 
 def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    return np.ascontiguousarray(tensor.detach().to("cpu", dtype).numpy())
+    return tensor.detach().to("cpu", dtype).contiguous().numpy()
 
 
 def open_session(path: Path, *, target: str, providers: Sequence[str] | None = None, trusted: bool = False) -> Session:

@@ -42,6 +42,9 @@ SENSITIVE = (
 )
 
 
+SENSITIVITY_SAMPLES = 2
+
+
 @config
 class Int8Config:
     """What is quantized, and how activation ranges are found."""
@@ -176,13 +179,13 @@ def _layer_errors(
 
     def compare(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            totals[name][0] += float((twins[name](args[0]) - output).double().square().sum())
-            totals[name][1] += float(output.double().square().sum())
+            totals[name][0] += float((twins[name](args[0]) - output).square().sum())
+            totals[name][1] += float(output.square().sum())
 
         return hook
 
     handles = [layer.register_forward_hook(compare(name)) for name, layer in layers.items()]
-    few = max(1, min(context.batch_size, len(context.conditions)))
+    few = min(SENSITIVITY_SAMPLES, len(context.conditions))
     try:
         generator.sample(
             context.conditions[:few],

@@ -242,4 +242,5 @@ def test_saved_and_loaded_it_is_the_same(any_generator, plan, tmp_path):
     conditions = any_generator.conditions(1)
     first, second = (g.sample(conditions, seeds=[0], plan=plan).images for g in (any_generator, again))
     assert np.array_equal(first, second)
+    assert getattr(again.pipeline, "labels", None) == getattr(any_generator.pipeline, "labels", None)
     assert not list((tmp_path / "again").rglob("*.bin"))

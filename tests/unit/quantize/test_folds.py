@@ -23,12 +23,11 @@ def test_where_it_folds_in_adaln_blocks(dit):
 
 
 def test_where_it_folds_in_cross_attention(sd):
-    places = [fold.name.rpartition("down_blocks.1.attentions.0.")[2] for fold in find_folds(sd.denoiser)]
-    block = "transformer_blocks.0."
-    assert {place for place in places if "blocks." not in place.removeprefix(block)} == {
-        "norm",
-        *(f"{block}{name}" for name in ("norm1", "attn1.to_out", "norm2", "attn2.to_out", "norm3", "ff.net.2")),
-    }
+    inside = ("norm1", "attn1.to_out", "norm2", "attn2.to_out", "norm3", "ff.net.2")
+    places = ("norm", *(f"transformer_blocks.0.{name}" for name in inside))
+    transformers = ("down_blocks.1.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1")
+    expected = {f"{name}.{place}" for name in (*transformers, "mid_block.attentions.0") for place in places}
+    assert {fold.name for fold in find_folds(sd.denoiser)} == expected
 
 
 @pytest.mark.parametrize("family", ["dit", "sd"])

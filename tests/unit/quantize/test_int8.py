@@ -9,7 +9,7 @@ import torch
 from diffpress.artifact import load_weights, save_weights
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.quantize.int8 import SENSITIVITY_SAMPLES, Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
 from diffpress.targets import TARGETS
 
@@ -72,7 +72,8 @@ def test_saved_and_restored_it_is_the_same(family, target, activations, request,
 
     again = Generator.load(generator.source)
     Int8.restore(again, json.loads(json.dumps(applied.metadata)))
-    assert not torch.equal(first_call(again, call)[0], expected)  # the structure alone is not enough
+    if activations == "static":  # the structure alone is not enough: it has no ranges
+        assert not torch.equal(first_call(again, call)[0], expected)
     load_weights(again.denoiser, tmp_path / "weights.safetensors")
     assert torch.equal(first_call(again, call)[0], expected)
 
@@ -111,7 +112,7 @@ def test_ranges_hold_zero_and_all_that_was_seen(dit, context, target):
 
 
 def test_sensitivity_is_the_error_of_one_layer_alone(dit, context):
-    name, inputs, given = "transformer_blocks.1.ff.net.2", [], context(dit)
+    name, inputs, given = "transformer_blocks.1.ff.net.2", [], context(dit, count=SENSITIVITY_SAMPLES)
     layer = dit.denoiser.get_submodule(name)
     handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
     given.run(dit, "")

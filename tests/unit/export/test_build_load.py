@@ -1,0 +1,237 @@
+"""From a quantized pipeline to a folder, and back to a pipeline that draws the same pictures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+
+from diffpress.errors import (
+    ArtifactError,
+    ConfigError,
+    EngineError,
+    MissingDependencyError,
+    ParityError,
+    PrecisionError,
+)
+from diffpress.export import build
+from diffpress.export.build import check_export, export
+from diffpress.export.components import Flat, find_components
+from diffpress.export.graph import export_graph
+from diffpress.export.load import load
+from diffpress.export.settings import ExportConfig
+from diffpress.generator import Generator
+from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.quantize.modules import Activation
+
+
+def build_int8(folder, output, context, target):
+    """(fake-quantized generator, what was built)."""
+    generator = Generator.load(folder)
+    given = context(generator, target)
+    Int8(Int8Config()).apply(generator, given)
+    built = export(generator, output, ExportConfig(target=target), plan=given.plan, conditions=given.conditions)
+    return generator, built
+
+
+@pytest.fixture(scope="module")
+def dit_built(dit_folder, tmp_path_factory, context):
+    return build_int8(dit_folder, tmp_path_factory.mktemp("dit") / "engine", context, "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def sd_built(sd_folder, tmp_path_factory, context):
+    return build_int8(sd_folder, tmp_path_factory.mktemp("sd") / "engine", context, "openvino")
+
+
+@pytest.fixture(scope="module")
+def ddpm_built(ddpm_folder, tmp_path_factory, context):
+    """The least of the three to export: one part."""
+    return build_int8(ddpm_folder, tmp_path_factory.mktemp("ddpm") / "engine", context, "onnxruntime")
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def part(name):
+    return {f"{name}/model.onnx", f"{name}/config.json"}
+
+
+def assert_same_pictures(built, float_folder, plan, relative):
+    """Some pictures are the same to rounding of floats; none is further off than quantization itself takes them.
+
+    (Where a float falls on the other side of a rounding, later roundings follow: in 8 bits tiny networks are chaotic.)
+    """
+    quantized, engine = built[0], Generator(load(built[1].folder))
+    conditions, seeds = quantized.conditions(4), [3, 1, 4, 2]
+    from_torch, from_engine, from_float, other = (
+        generator.sample(conditions, seeds=numbers, plan=plan, batch_size=2)
+        for generator, numbers in (
+            (quantized, seeds),
+            (engine, seeds),
+            (Generator.load(float_folder), seeds),
+            (engine, seeds[::-1]),
+        )
+    )
+    for kind in ("images", "latents"):
+        expected = getattr(from_torch, kind)
+        if expected is None:
+            continue
+        error, noise, wrong = (
+            [relative(a, b) for a, b in zip(getattr(samples, kind), expected, strict=True)]
+            for samples in (from_engine, from_float, other)
+        )
+        assert min(error) < 2e-3
+        assert max(error) < 2 * max(noise) < 0.2 < min(wrong)
+
+
+@pytest.mark.slow
+def test_transformer_on_onnxruntime(dit_built, dit_folder, plan, relative):
+    built = dit_built[1]
+    assert (built.quantized_layers, built.quantized_ops) == (12, 12)
+    assert {item.component for item in built.parity} == {"transformer", "vae_decoder", "vae_encoder"}
+    assert all(item.error <= item.tolerance for item in built.parity)
+    assert_same_pictures(dit_built, dit_folder, plan, relative)
+
+
+@pytest.mark.slow
+def test_unet_with_text_encoder_on_openvino(sd_built, sd_folder, plan, relative):
+    built = sd_built[1]
+    assert built.quantized_ops >= built.quantized_layers > 40
+    assert {item.component for item in built.parity} == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    assert_same_pictures(sd_built, sd_folder, plan, relative)
+    pipeline = load(built.folder)
+    assert set(pipeline.providers) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    assert all(provider.startswith("OpenVINO") for provider in pipeline.providers.values())
+
+
+@pytest.mark.slow
+def test_unconditional_in_pixels(ddpm_built, ddpm_folder, plan, relative):
+    assert_same_pictures(ddpm_built, ddpm_folder, plan, relative)
+
+
+@pytest.mark.slow
+def test_layout_of_a_class_conditional_engine(dit_built):
+    folder = dit_built[1].folder
+    alone = {"model_index.json", "diffpress.json", "scheduler/scheduler_config.json"}
+    assert files_below(folder) == alone | part("transformer") | part("vae_decoder") | part("vae_encoder")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "DiTPipeline"
+    assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+    text = "".join(path.read_text() for path in folder.rglob("*.json"))
+    assert "DiTTransformer2DModel" in text
+    assert str(dit_built[0].source) not in text  # where the checkpoint lay is nobody's business
+
+
+@pytest.mark.slow
+def test_layout_of_a_text_to_image_engine(sd_built):
+    found = files_below(sd_built[1].folder)
+    tokenizer = {name for name in found if name.startswith("tokenizer/")}
+    assert "tokenizer/tokenizer_config.json" in tokenizer
+    parts = set().union(*(part(name) for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder")))
+    assert found - tokenizer == {"model_index.json", "diffpress.json", "scheduler/scheduler_config.json"} | parts
+
+
+@pytest.mark.slow
+def test_class_names_survive(dit_built):
+    engine = Generator(load(dit_built[1].folder))
+    assert engine.conditions(2, ["owl", "fox"]) == [2, 3]
+
+
+@pytest.mark.slow
+def test_the_same_denoiser_gives_the_same_bytes(dit_built, plan, tmp_path):
+    generator, built = dit_built
+    parts = find_components(generator, generator.conditions(2), plan, batch=None, any_size=False)
+    again = next(item for item in parts if item.role == "denoiser")
+    flat, path = Flat(generator.denoiser, again).eval(), tmp_path / "transformer/model.onnx"
+    export_graph(flat, again.flat_inputs(), list(again.outputs), path, free=again.free, opset=ExportConfig().opset)
+    assert path.read_bytes() == (built.folder / "transformer/model.onnx").read_bytes()
+
+
+@pytest.mark.slow
+def test_image_to_image_on_engines(sd_built, plan, relative):
+    generator, built = sd_built
+    picture = generator.sample(["a cat"], seeds=[9], plan=plan).images[0]
+
+    def redraw(pipeline, strength=0.7):
+        again = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+        again.set_progress_bar_config(disable=True)
+        return again(
+            "a dog",
+            image=torch.from_numpy(picture).permute(2, 0, 1)[None] / 255,
+            strength=strength,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images
+
+    engine = load(built.folder)
+    expected = redraw(generator.pipeline)
+    assert relative(redraw(engine), expected) < 0.02
+    assert relative(redraw(engine, strength=1.0), expected) > 0.1
+
+
+@pytest.mark.slow
+def test_the_folder_around_an_engine_is_enough(ddpm_built):
+    pipeline = load(ddpm_built[1].folder.parent)
+    assert list(pipeline.providers) == ["unet"]
+    assert "CPUExecutionProvider" in pipeline.providers["unet"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lost", ["model_index.json", "diffpress.json", "unet/model.onnx", "unet/config.json", "scheduler"]
+)
+def test_an_incomplete_folder(ddpm_built, tmp_path, lost):
+    folder = shutil.copytree(ddpm_built[1].folder, tmp_path / "copy")
+    shutil.rmtree(folder / lost) if (folder / lost).is_dir() else (folder / lost).unlink()
+    with pytest.raises(ArtifactError, match=rf"not a built engine.*{Path(lost).name} is missing"):
+        load(folder)
+
+
+@pytest.mark.slow
+def test_an_input_that_the_pipeline_does_not_give(ddpm_built):
+    unet = load(ddpm_built[1].folder).unet
+    with pytest.raises(EngineError, match="the engine needs timestep; the pipeline gave sample"):
+        unet(torch.zeros(1, 3, 8, 8))
+
+
+def spoiled(ddpm, context, output, monkeypatch, replacement):
+    """Export with another `Activation.export` than the one that torch's fake quantization agrees with."""
+    given = context(ddpm)
+    Int8(Int8Config()).apply(ddpm, given)
+    monkeypatch.setattr(Activation, "export", replacement)
+    return export(ddpm, output, ExportConfig(), plan=given.plan, conditions=given.conditions)
+
+
+@pytest.mark.slow
+def test_a_graph_that_computes_something_else(ddpm, context, monkeypatch, tmp_path):
+    right = Activation.export
+    with pytest.raises(ParityError, match="unet: the engine differs from torch"):
+        spoiled(ddpm, context, tmp_path / "engine", monkeypatch, lambda self, x: right(self, 3 * x))
+
+
+@pytest.mark.slow
+def test_a_graph_without_its_quantizers(ddpm, context, monkeypatch, tmp_path):
+    with pytest.raises(PrecisionError, match="layers were quantized, but only 0 products"):
+        spoiled(ddpm, context, tmp_path / "engine", monkeypatch, lambda self, x: x)
+
+
+def test_what_cannot_be_built_is_refused_first(dit, monkeypatch):
+    with pytest.raises(ConfigError, match="size 'dynamic', but DiTPipeline has a fixed size"):
+        check_export(dit, ExportConfig(size="dynamic"))
+    monkeypatch.setattr(build, "_importable", lambda package: False)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'diffpress\[openvino\]'"):
+        check_export(dit, ExportConfig(target="openvino"))
+
+
+def test_a_folder_that_is_no_engine(tmp_path):
+    with pytest.raises(ArtifactError, match=r"is not a built engine.*diffpress\.json is missing"):
+        load(tmp_path)
+    (tmp_path / "diffpress.json").write_text("{")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        load(tmp_path)

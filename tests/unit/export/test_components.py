@@ -1,0 +1,85 @@
+"""The parts of a pipeline, their names and their free axes, found by running it."""
+
+import pytest
+import torch
+
+from diffpress.errors import EngineError
+from diffpress.export.components import Flat, find_components, flatten_inputs
+
+BATCH, SIZE = {0: "batch"}, {2: "size", 3: "size"}
+AUTOENCODER = {
+    "vae_decoder": ("decoder", {"latent_sample": BATCH}, ["sample"]),
+    "vae_encoder": ("encoder", {"sample": BATCH}, ["latent_parameters"]),
+}
+
+
+def described(components):
+    return {part.folder: (part.role, part.free, list(part.outputs)) for part in components}
+
+
+def test_class_conditional(dit, plan):
+    components = find_components(dit, [0, 1], plan, batch=None, any_size=False)
+    inputs = {"hidden_states": BATCH, "timestep": BATCH, "class_labels": BATCH}
+    assert described(components) == {"transformer": ("denoiser", inputs, ["out_sample"]), **AUTOENCODER}
+    assert {part.folder: part.attribute for part in components}["vae_encoder"] == "vae"
+
+
+def test_text_to_image_of_any_size(sd, plan):
+    components = find_components(sd, ["a cat", "a dog"], plan, batch=None, any_size=True)
+    inputs = {"sample": BATCH | SIZE, "timestep": {}, "encoder_hidden_states": BATCH}
+    found = described(components)
+    assert found["unet"] == ("denoiser", inputs, ["out_sample"])
+    assert found["text_encoder"][:2] == ("text", {"input_ids": BATCH})
+    assert found["text_encoder"][2][:2] == ["last_hidden_state", "pooler_output"]
+    assert found["vae_decoder"][1] == {"latent_sample": BATCH | SIZE}
+    assert found["vae_encoder"][1] == {"sample": BATCH | SIZE}
+
+
+def test_unconditional_in_pixels(ddpm, plan):
+    components = find_components(ddpm, [None], plan, batch=None, any_size=False)
+    assert described(components) == {"unet": ("denoiser", {"sample": BATCH, "timestep": {}}, ["out_sample"])}
+
+
+def test_a_fixed_batch_leaves_nothing_free(dit, plan):
+    components = find_components(dit, [0], plan, batch=3, any_size=False)
+    assert not any(axes for part in components for axes in part.free.values())
+    batches = {part.folder: len(next(iter(part.flat_inputs().values()))) for part in components}
+    assert batches == {"transformer": 6, "vae_decoder": 3, "vae_encoder": 3}  # guidance doubles the denoiser's
+
+
+def test_another_size_where_there_is_one_only(dit, plan):
+    with pytest.raises(EngineError, match="DiTPipeline has a fixed size"):
+        find_components(dit, [0], plan, batch=1, any_size=True)
+
+
+def test_a_part_that_is_never_called_is_named(sd, plan, monkeypatch):
+    embeds = torch.zeros(2, 12, 16)
+    monkeypatch.setattr(type(sd.pipeline), "encode_prompt", lambda *_, **__: (embeds, embeds))
+    with pytest.raises(EngineError, match="text_encoder: not called"):
+        find_components(sd, ["a cat"], plan, batch=2, any_size=False)
+
+
+def test_flat_modules_compute_what_was_recorded(any_generator, plan):
+    """Text encoder, denoiser, decoder and encoder, as functions of tensors alone."""
+    for part in find_components(any_generator, any_generator.conditions(2), plan, batch=2, any_size=False):
+        flat, inputs = Flat(getattr(any_generator.pipeline, part.attribute), part), part.flat_inputs()
+        with torch.no_grad():
+            outputs = flat(*inputs.values())
+            torch.testing.assert_close(dict(zip(part.outputs, outputs, strict=True)), part.outputs)
+            others = flat(*(value.flip(0) if value.ndim else value for value in inputs.values()))
+        assert not torch.allclose(others[0], outputs[0]), part.folder
+
+
+def test_recording_leaves_nothing_behind(sd, plan):
+    find_components(sd, ["a cat"], plan, batch=2, any_size=False)
+    assert not {"forward", "decode"} & (vars(sd.denoiser).keys() | vars(sd.pipeline.vae).keys())
+    assert "forward" not in vars(sd.pipeline.text_encoder)
+
+
+def test_names_of_nested_inputs():
+    a, b, c, d = (torch.full((1,), value) for value in (1, 2, 3, 4))
+    nested = {"sample": a, "added_cond_kwargs": {"text_embeds": b}, "residuals": [c, d], "timestep": a, "scale": 3.0}
+    flat = flatten_inputs(nested)
+    assert list(flat) == ["sample", "text_embeds", "residuals.0", "residuals.1", "timestep"]
+    assert flat["residuals.1"] is d
+    assert (flat["sample"].dtype, flat["timestep"].dtype) == (torch.int64, torch.float32)

@@ -1,0 +1,75 @@
+"""The ONNX file: the same bytes each time, nothing of the machine in it, axes with names."""
+
+import os
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from diffpress.errors import EngineError
+from diffpress.export import graph
+from diffpress.export.graph import count_ops, export_graph
+from diffpress.export.session import OnnxRuntimeSession
+
+X = torch.linspace(-1, 1, 2 * 4 * 6 * 6).reshape(2, 4, 6, 6)
+FREE = {"x": {0: "batch", 2: "size", 3: "size"}}
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.out = nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Linear(8, 3)
+
+    def forward(self, *tensors):
+        hidden = torch.nn.functional.silu(self.norm(self.conv(tensors[0])))
+        return self.out(hidden.movedim(1, -1))
+
+
+def write(path, module=None, free=FREE):
+    export_graph((module or Small()).eval(), {"x": X}, ["y"], path, free=free, opset=20)
+    return path
+
+
+def test_the_same_module_gives_the_same_bytes(tmp_path, monkeypatch):
+    first, second = (write(tmp_path / name / "model.onnx").read_bytes() for name in ("one", "two"))
+    assert first == second
+    other = Small()
+    other.out.bias.data[0] += 1
+    assert write(tmp_path / "three/model.onnx", other).read_bytes() != first
+
+    traces = (b".py", os.getcwd().encode(), b"site-packages", b"Traceback", b"nn_module")
+    assert not [trace for trace in traces if trace in first]
+    monkeypatch.setattr(graph, "clean", lambda model: None)
+    as_exported = write(tmp_path / "four/model.onnx").read_bytes()
+    assert [trace for trace in traces if trace in as_exported]  # it is `clean` that takes them out
+
+
+def test_axes_are_named_and_free(tmp_path):
+    path = write(tmp_path / "model.onnx")
+    dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 4, "size_2", "size_3"]
+    session = OnnxRuntimeSession(path)
+    for x in (X, X[:1], torch.cat([X, X])[:, :, :, :4], X.repeat(1, 1, 3, 2)):
+        with torch.no_grad():
+            torch.testing.assert_close(session({"x": x})[0], Small()(x), rtol=1e-4, atol=1e-5)
+    assert count_ops(path)["Conv"] == 1
+
+
+def test_large_weights_go_to_a_file_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(graph, "EXTERNAL_FROM", 0)
+    path = write(tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx.data").stat().st_size >= 4 * 3 * 3 * 4 * 8
+    with torch.no_grad():
+        torch.testing.assert_close(OnnxRuntimeSession(path)({"x": X})[0], Small()(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_that_cannot_be_traced(tmp_path):
+    class Branching(nn.Module):
+        def forward(self, *tensors):
+            return tensors[0] if tensors[0].sum() > 0 else -tensors[0]
+
+    with pytest.raises(EngineError, match=r"torch\.onnx cannot export it"):
+        write(tmp_path / "branching/model.onnx", Branching())
+    assert not (tmp_path / "branching/model.onnx").exists()

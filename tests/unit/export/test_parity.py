@@ -1,0 +1,72 @@
+"""Each way an engine can be wrong has its own message."""
+
+import pytest
+import torch
+
+from diffpress.errors import ParityError, PrecisionError
+from diffpress.export.parity import check_precision, compare
+
+EXPECTED = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
+
+
+class Fake:
+    """A session that gives what it is told to."""
+
+    provider, outputs, inputs = "a fake", ["y"], {"x": torch.float32}
+
+    def __init__(self, output=EXPECTED, ops=0):
+        self.output, self.ops = output, ops
+
+    def __call__(self, inputs):
+        return [self.output]
+
+    def quantized_ops(self):
+        return self.ops
+
+
+def check(output, expected=EXPECTED, tolerance=1e-3):
+    return compare("unet", Fake(output), [({}, {"y": expected})], tolerance=tolerance)
+
+
+def test_error_is_relative_to_torch():
+    error = 5e-4
+    noise = torch.randn(EXPECTED.shape, generator=torch.Generator().manual_seed(0))
+    output = EXPECTED + noise / noise.norm() * EXPECTED.norm() * error
+    parity = check(output)
+    assert (parity.component, parity.calls, parity.tolerance) == ("unet", 1, 1e-3)
+    assert parity.error == pytest.approx(error, rel=1e-3)
+    with pytest.raises(ParityError, match=r"unet: the engine differs from torch by 5\.00e-04 .*allowed: 1e-04"):
+        check(output, tolerance=1e-4)
+
+
+def test_the_worst_call_counts():
+    calls = [({}, {"y": EXPECTED}), ({}, {"y": 1.1 * EXPECTED})]
+    with pytest.raises(ParityError, match="differs"):
+        compare("unet", Fake(), calls, tolerance=1e-2)
+    assert compare("unet", Fake(), calls, tolerance=0.1).calls == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(bad):
+    output = EXPECTED.clone()
+    output[0, 0, :3] = bad
+    with pytest.raises(ParityError, match=r"output y is not finite \(12\.5% of the values"):
+        check(output)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_constant_output(value):
+    with pytest.raises(ParityError, match=rf"output y is constant \({value:g}\), torch's is not"):
+        check(torch.full_like(EXPECTED, value), tolerance=10)
+    assert check(torch.full_like(EXPECTED, value), torch.full_like(EXPECTED, value)).error == 0  # torch's is too
+
+
+def test_wrong_shape():
+    with pytest.raises(ParityError, match=r"output y has shape \[3, 2, 4\], torch gives \[2, 3, 4\]"):
+        check(EXPECTED.transpose(0, 1))
+
+
+def test_precision_that_is_not_in_the_graph():
+    assert check_precision("unet", Fake(ops=3), 3) == 3
+    with pytest.raises(PrecisionError, match=r"4 layers were quantized, but only 3 products .*\(a fake\)"):
+        check_precision("unet", Fake(ops=3), 4)
