@@ -394,4 +394,4 @@ def _to_uint8(images: Any) -> np.ndarray:
     """Float [n, h, w, c] in [0, 1] to uint8 [n, h, w, 3], rounded."""
     array = np.asarray(images)
     array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
-    return np.round(array.clip(0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(np.round(array.clip(0, 1) * 255).astype(np.uint8))  # pipelines give transposed views

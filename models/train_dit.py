@@ -1,6 +1,6 @@
 """Train models/emoji-dit: a class-conditional latent diffusion transformer in the stock DiTPipeline layout.
 
-python models/train_dit.py            # after train_autoencoder.py; about 45 minutes on 2 cores
+python models/train_dit.py            # after train_autoencoder.py; about 40 minutes on 2 cores
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def save(model: DiTTransformer2DModel, vae: AutoencoderKL, classes: list[str]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5400)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")

@@ -57,7 +57,7 @@ def sample_to(
         label=label,
     )
     arrays = {"images": samples.images} | ({} if samples.latents is None else {"latents": samples.latents})
-    save_file(arrays, path)
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)  # it writes raw memory
 
 
 def read_samples(path: Path) -> Samples:

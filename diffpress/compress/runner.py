@@ -210,11 +210,12 @@ class Run:
 
     def _latency(self, engine: Generator, engine_hash: str) -> tuple[Latency, ...]:
         chosen, plan = self.recipe.evaluate, dataclasses.asdict(evaluation.plan_of(self.recipe))
-        key = fingerprint(engine_hash, self.model_hash, plan, chosen.baselines, chosen.latency_rounds)
+        machine = describe_machine()
+        key = fingerprint(engine_hash, self.model_hash, plan, chosen.baselines, chosen.latency_rounds, machine)
 
         def work(path: Path) -> dict[str, Any]:
             path.write_bytes(_ROWS.dump_json(measure_candidates(self, engine, rounds=chosen.latency_rounds)))
-            return {"machine": describe_machine()}
+            return {"machine": machine}
 
         self.artifact.step("latency", key, LATENCY, work)
         return _ROWS.validate_json((self.artifact.folder / LATENCY).read_bytes())
@@ -234,12 +235,11 @@ def run(recipe: Recipe, output: Path, *, dry_run: bool = False, progress: Progre
 
     Killed at any moment and called again, it goes on after the last finished step and ends with the same bytes.
     """
+    work = Run(recipe, Artifact(output), progress)
+    work.check()
     if dry_run:
-        Run(recipe, Artifact(output), progress).check()
         return None
-    with Artifact.open(output, need=_needed(recipe)) as artifact:
-        work = Run(recipe, artifact, progress)
-        work.check()
+    with Artifact.open(output, need=_needed(recipe)) as work.artifact:
         (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         work.build()
         return Result(work.evaluate(), output)

@@ -76,7 +76,8 @@ class OnnxRuntimeSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.use_per_session_threads = not _shared_threads()
-        options.intra_op_num_threads = torch.get_num_threads()
+        if options.use_per_session_threads:
+            options.intra_op_num_threads = torch.get_num_threads()
         self._path = path
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
@@ -110,6 +111,7 @@ class OnnxRuntimeSession:
         with tempfile.TemporaryDirectory() as folder:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4
+            options.use_per_session_threads = not _shared_threads()
             options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
             onnxruntime.InferenceSession(str(self._path), options, providers=self._session.get_providers())

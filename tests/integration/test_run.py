@@ -22,8 +22,8 @@ from diffpress.compress.report import read_report
 SMALL = (
     "calibration.samples=4",
     "calibration.batch_size=4",
-    "evaluate.samples=24",
-    "evaluate.batch_size=24",
+    "evaluate.samples=64",
+    "evaluate.batch_size=32",
     "evaluate.steps=4",
     "evaluate.latency_rounds=3",
     "evaluate.baselines=[eager]",

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -172,7 +171,7 @@ def test_image_to_image_on_engines(sd_built, plan, relative):
     engine = load(built.folder)
     expected = redraw(generator.pipeline)
     assert relative(redraw(engine), expected) < 0.02
-    assert relative(redraw(engine, strength=1.0), expected) > 0.1
+    assert relative(redraw(engine, strength=1.0), expected) > 0.04
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ def write(path, module=None, free=FREE):
     return path
 
 
+@pytest.mark.slow
 def test_the_same_module_gives_the_same_bytes(tmp_path, monkeypatch):
     first, second = (write(tmp_path / name / "model.onnx").read_bytes() for name in ("one", "two"))
     assert first == second

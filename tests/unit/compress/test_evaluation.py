@@ -1,0 +1,53 @@
+"""Pictures, features and memory between sampling and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffpress.compress import evaluation
+from diffpress.compress.loading import load_recipe
+from diffpress.compress.recipe import Recipe
+from diffpress.errors import ConfigError
+from diffpress.progress import SILENT
+
+
+@pytest.fixture
+def recipe(dit_folder: Path) -> Recipe:
+    evaluate = {"samples": 3, "batch_size": 2, "steps": 2, "baselines": ["eager"]}
+    return load_recipe({"model": str(dit_folder), "evaluate": evaluate}, methods={})
+
+
+def test_pictures_come_back_as_they_were_drawn(recipe: Recipe, dit, tmp_path: Path) -> None:
+    path = tmp_path / "samples.safetensors"
+    evaluation.sample_to(path, dit, recipe, first_seed=5, label="", progress=SILENT)
+    stored = evaluation.read_samples(path)
+    drawn = dit.sample(
+        evaluation.conditions_of(recipe, dit, 3), seeds=[5, 6, 7], plan=evaluation.plan_of(recipe), batch_size=3
+    )
+    assert np.array_equal(stored.images, drawn.images)
+    assert stored.latents is not None
+    assert np.array_equal(stored.latents, drawn.latents)
+
+
+def test_the_file_format_itself_would_scramble_a_transposed_view(tmp_path: Path) -> None:
+    """Why the copy in `sample_to` is there: safetensors writes memory, not elements."""
+    view = np.arange(24, dtype=np.uint8).reshape(2, 3, 4).transpose(0, 2, 1)
+    save_file({"view": view}, tmp_path / "view.safetensors")
+    assert not np.array_equal(load_file(tmp_path / "view.safetensors")["view"], view)
+
+
+def test_pictures_of_a_pipeline_are_contiguous(dit) -> None:
+    samples = dit.sample([1], seeds=[0], plan=evaluation.SamplingPlan(steps=2), batch_size=1)
+    assert samples.images.flags["C_CONTIGUOUS"]
+
+
+def test_a_missing_reference_is_found_before_any_work(recipe: Recipe) -> None:
+    import dataclasses
+
+    wrong = dataclasses.replace(recipe.evaluate, reference="nowhere.safetensors")
+    with pytest.raises(ConfigError, match=r"nowhere\.safetensors"):
+        evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=wrong))
