@@ -118,6 +118,13 @@ class Recipe:
             wrong.append("gate.frechet_ratio needs evaluate.features: name an extractor, or set the gate to null")
         if self.gate.speedup is not None and "eager" not in self.evaluate.baselines:
             wrong.append("gate.speedup needs 'eager' among evaluate.baselines: add it, or set the gate to null")
+        batch = self.export.batch
+        if batch != "dynamic" and (self.evaluate.batch_size != batch or self.evaluate.samples % batch):
+            wrong.append(
+                f"export.batch {batch} makes an engine for {batch} images at a time: set evaluate.batch_size to "
+                f"{batch} (it is {self.evaluate.batch_size}) and evaluate.samples to a multiple "
+                f"(it is {self.evaluate.samples})"
+            )
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

@@ -78,16 +78,17 @@ def measure(
     """One whole picture and one denoiser call of every candidate, timed in turns; ``memory`` by candidate, MiB."""
     plan = plan_of(recipe)
     rows: list[Latency] = []
-    conditions = conditions_of(recipe, original, 1)
+    batch = timed_batch(recipe)
+    conditions = conditions_of(recipe, original, batch)
 
     def whole(candidate: Candidate) -> Callable[[], object]:
         def call() -> object:
             with candidate.setting():
-                return candidate.generator.sample(conditions, seeds=[0], plan=plan, batch_size=1)
+                return candidate.generator.sample(conditions, seeds=range(batch), plan=plan, batch_size=batch)
 
         return call
 
-    recorded = original.record(conditions, seeds=[0], plan=plan, limit=1)[0]
+    recorded = original.record(conditions, seeds=range(batch), plan=plan, limit=1)[0]
 
     def denoise(candidate: Candidate) -> Callable[[], object]:
         denoiser = candidate.generator.denoiser
@@ -106,8 +107,13 @@ def measure(
         jobs = {name: make(candidate) for name, candidate in candidates.items()}
         with progress.task(f"Timing: {scope}", total=rounds + WARMUP) as advance:
             timings = benchmark(jobs, rounds=rounds, warmup=WARMUP, progress=_one_by_one(advance))
-        rows += latency_rows(timings, scope=scope, batch=1, memory_mib=memory if scope == "whole image" else None)
+        rows += latency_rows(timings, scope=scope, batch=batch, memory_mib=memory if scope == "whole image" else None)
     return tuple(rows)
+
+
+def timed_batch(recipe: Recipe) -> int:
+    """Images at once when timing: one, or what a static engine takes."""
+    return 1 if recipe.export.batch == "dynamic" else recipe.export.batch
 
 
 def _one_by_one(advance: Callable[[int], None]) -> Callable[[int, int], None]:
@@ -129,5 +135,8 @@ def memory_of(sources: dict[str, Path], recipe: Recipe, progress: Progress) -> d
 def _one_picture(source: Path, recipe: Recipe, threads: int) -> float:
     torch.set_num_threads(threads)
     generator = Generator(load(source)) if (source / "diffpress.json").is_file() else Generator.load(source)
-    conditions = conditions_of(recipe, generator, 1)
-    return peak_memory(lambda: generator.sample(conditions, seeds=[0], plan=plan_of(recipe), batch_size=1)).resident_mib
+    batch, plan = timed_batch(recipe), plan_of(recipe)
+    conditions = conditions_of(recipe, generator, batch)
+    return peak_memory(
+        lambda: generator.sample(conditions, seeds=range(batch), plan=plan, batch_size=batch)
+    ).resident_mib

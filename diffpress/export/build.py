@@ -177,7 +177,7 @@ def _prove(
     session = open_session(path, target=settings.target, providers=settings.providers, trusted=True)
     wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
     found = check_precision(part.folder, session, wanted) if wanted else 0
-    pairs = calls if part.role == "denoiser" else [(part.flat_inputs(), part.outputs)]
+    pairs = [(part.flat_inputs(), part.outputs), *(calls if part.role == "denoiser" else [])]
     return (
         compare(part.folder, session, pairs, tolerance=INT8_TOLERANCE if wanted else FLOAT_TOLERANCE),
         session.provider,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -46,19 +45,6 @@ class Session(Protocol):
         """How many matrix products and convolutions of the built graph run in 8 bits."""
 
 
-@functools.cache
-def _shared_threads() -> bool:
-    """Let all sessions of the process share one pool: idle threads of one engine then do not keep another waiting.
-
-    Has to be asked for before the process opens its first session; False where somebody else was first.
-    """
-    try:
-        onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
-    except (AttributeError, RuntimeError):
-        return False
-    return True
-
-
 class OnnxRuntimeSession:
     """ONNX Runtime; without ``providers`` on CUDA where it is there, else on the CPU."""
 
@@ -75,9 +61,8 @@ class OnnxRuntimeSession:
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.use_per_session_threads = not _shared_threads()
-        if options.use_per_session_threads:
-            options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to others
         self._path = path
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
@@ -111,7 +96,6 @@ class OnnxRuntimeSession:
         with tempfile.TemporaryDirectory() as folder:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4
-            options.use_per_session_threads = not _shared_threads()
             options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
             onnxruntime.InferenceSession(str(self._path), options, providers=self._session.get_providers())

@@ -98,6 +98,11 @@ class Int8:
             raise ConfigError(
                 f"quantize.int8: activations 'dynamic' do not run on target {target.name}; targets that can: {able}"
             )
+        if self.config.convolutions and not target.quantizes_convolutions:
+            able = ", ".join(name for name, other in TARGETS.items() if other.quantizes_convolutions)
+            raise ConfigError(
+                f"quantize.int8: target {target.name} runs no 8-bit convolutions; targets that do: {able}"
+            )
         if self.config.activations == "dynamic" and self.config.convolutions:
             raise ConfigError(
                 "quantize.int8: convolutions cannot have dynamic activations; set one of the two otherwise"
@@ -108,13 +113,15 @@ class Int8:
             raise ConfigError(f"quantize.int8: no layer of {type(generator.denoiser).__name__} is left to quantize")
 
     def apply(self, generator: Generator, context: Context) -> Applied:
-        """Raises ConfigError when calibration never reaches a layer or meets values that are not finite."""
+        """Raises ConfigError when calibration meets values that are not finite; layers never reached stay in float."""
         denoiser = generator.denoiser
         layers = self.layers(denoiser, context.target)
         dynamic = self.config.activations == "dynamic"
         activations = {name: Activation(context.target, dynamic=dynamic) for name in layers}
         if not dynamic:
-            for name, histogram in self._observe(generator, layers, context).items():
+            seen = self._observe(generator, layers, context)
+            layers = {name: layers[name] for name in seen}
+            for name, histogram in seen.items():
                 low, high = choose_range(histogram, self.config.observer, percentile=self.config.percentile)
                 activations[name].set_range(low, high, context.target)
         twins = {name: quantized(layer, activations[name]) for name, layer in layers.items()}
@@ -137,12 +144,12 @@ class Int8:
             raise ConfigError(
                 f"quantize.int8: {error}: the generator cannot be calibrated in {generator.denoiser.dtype}"
             ) from error
-        unseen = [
-            name for name, histogram in histograms.items() if histogram.limit == 0 and histogram.counts.sum() == 0
-        ]
-        for name in unseen:
-            logger.warning("quantize.int8: %s saw only zeros, or was never called, in calibration", name)
-        return histograms
+        for name, histogram in histograms.items():
+            if histogram.limit == 0:
+                logger.warning(
+                    "quantize.int8: %s saw only zeros in calibration, or was never called: left in float", name
+                )
+        return {name: histogram for name, histogram in histograms.items() if histogram.limit > 0}
 
     @staticmethod
     def restore(generator: Generator, metadata: dict[str, Any]) -> None:

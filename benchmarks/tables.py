@@ -1,0 +1,58 @@
+"""The README's tables, from the results beside this file.
+
+    python benchmarks/tables.py
+
+`results/*.report.json` are the report.json of `diffpress run RECIPE`; the other files name their own command.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffpress.compress.report import read_report
+from diffpress.compress.verdict import with_interval
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def recipes() -> list[str]:
+    lines = [
+        "| recipe | engine | whole image, ms | over eager fp32 | over compiled bf16 "
+        "| Fréchet distance, x the original's | latent error | n |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for path in sorted(RESULTS.glob("*.report.json")):
+        report = read_report(path)
+        engine, compiled = report.timing("engine"), report.timing("compiled")
+        frechet = next((row for row in report.quality if row.name == "frechet"), None)
+        error = next((row for row in report.paired if row.name == "relative_error"), None)
+        assert engine is not None
+        over = "–" if compiled is None else f"{compiled.median.value / engine.median.value:.2f}"
+        lines.append(
+            f"| `{path.name.removesuffix('.report.json')}` | {report.engine.provider} "
+            f"| {with_interval(engine.median)} | {with_interval(engine.speedup) if engine.speedup else '–'} | {over} "
+            f"| {with_interval(frechet.ratio) if frechet and frechet.ratio else '–'} "
+            f"| {with_interval(error.mean) if error else '–'} | {frechet.n if frechet else 0} |"
+        )
+    return lines
+
+
+def methods(name: str) -> list[str]:
+    path = RESULTS / f"quantize-{name}.json"
+    if not path.exists():
+        return []
+    lines = [f"emoji-{name}", "", "| method | latent error | Fréchet ratio | speed-up |", "|---|---:|---:|---:|"]
+    for variant, row in json.loads(path.read_text())["variants"].items():
+        cells = [row["latent relative error"], row["Fréchet ratio"], row["speed-up of a whole image"]]
+        shown = [f"{cell['value']:.4f} ({cell['low']:.4f}–{cell['high']:.4f})" if cell else "–" for cell in cells]
+        lines.append(f"| {variant} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    print("\n".join([*recipes(), "", *methods("dit"), *methods("unet")]))
+
+
+if __name__ == "__main__":
+    main()
