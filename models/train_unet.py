@@ -1,6 +1,6 @@
 """Train models/emoji-unet: a text-to-image latent U-Net in the stock StableDiffusionPipeline layout.
 
-    python models/train_unet.py           # after train_autoencoder.py; about 25 minutes on 2 cores
+    python models/train_unet.py           # after train_autoencoder.py; about 20 minutes on 2 cores
 
 The tokenizer (CLIP's byte-level BPE) and the text encoder are trained here too, on the names of the emoji.
 """
@@ -109,7 +109,7 @@ def caption_choices(item: emoji.Emoji) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1550)
+    parser.add_argument("--steps", type=int, default=1150)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak", type=float, default=8e-4, help="highest learning rate")
     args = parser.parse_args()

@@ -103,10 +103,6 @@ class Int8:
             raise ConfigError(
                 f"quantize.int8: target {target.name} runs no 8-bit convolutions; targets that do: {able}"
             )
-        if self.config.activations == "dynamic" and self.config.convolutions:
-            raise ConfigError(
-                "quantize.int8: convolutions cannot have dynamic activations; set one of the two otherwise"
-            )
         if any(isinstance(module, QuantizedLayer) for module in generator.denoiser.modules()):
             raise ConfigError("quantize.int8: the denoiser is quantized already")
         if not self.layers(generator.denoiser, target):

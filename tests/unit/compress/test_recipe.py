@@ -157,6 +157,7 @@ def test_overrides_reach_everything(write):
             "stages.0.alpha=0.7",
             "quantize.int8={}",
             "export={batch: 4}",
+            "evaluate.batch_size=4",
             "gate.latent_error=1e-3",
         ],
         methods=METHODS,
