@@ -67,6 +67,8 @@ class PrecisionError(EngineError):
 class SlowEngineError(EngineError):
     """The engine is slower than the baseline it was meant to beat."""
 
+    exit_code = 1
+
 
 class RegressionError(DiffpressError):
     """A gate failed: quality or latency is worse than allowed."""

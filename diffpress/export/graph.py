@@ -6,11 +6,9 @@ import contextlib
 import io
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from diffpress.errors import EngineError
 from diffpress.export.components import Free
 
 EXTERNAL_FROM = 1 << 30  # bytes of weights from which they go to a file of their own; protobuf ends at 2 GiB
-QUANTIZED_OPS = ("MatMulInteger", "DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear")
 
 
 def export_graph(
@@ -102,8 +99,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def count_ops(path: Path) -> Counter[str]:
-    """How many nodes of each operator the file holds (weights are not read)."""
-    return Counter(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state
 from torch import Tensor
 
 from diffpress.errors import EngineError, MissingDependencyError
@@ -27,6 +28,16 @@ _ORT_TYPES = {
 }
 # What ONNX Runtime turns a quantized MatMul or Conv into when it runs it in 8 bits.
 _ORT_INT8 = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv")
+# ONNX Runtime's errors share no base class of their own.
+_ORT_ERRORS = (
+    RuntimeError,
+    ValueError,
+    *(
+        kind
+        for kind in vars(onnxruntime_pybind11_state).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ),
+)
 _OPENVINO_COMPUTE = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")
 
 
@@ -66,7 +77,7 @@ class OnnxRuntimeSession:
         self._path = path
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
-        except Exception as error:
+        except _ORT_ERRORS as error:
             raise EngineError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         running = self._session.get_providers()
         if providers and running[0] != wanted[0]:
@@ -79,7 +90,7 @@ class OnnxRuntimeSession:
         arrays = {name: _array(inputs[name], dtype) for name, dtype in self.inputs.items()}
         try:
             return [torch.from_numpy(output) for output in self._session.run(None, arrays)]
-        except Exception as error:
+        except _ORT_ERRORS as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
             raise EngineError(f"{self._path}: ONNX Runtime refuses {shapes}: {error}") from error
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffpress.errors import EngineError
 from diffpress.export import graph
-from diffpress.export.graph import count_ops, export_graph
+from diffpress.export.graph import export_graph
 from diffpress.export.session import OnnxRuntimeSession
 
 X = torch.linspace(-1, 1, 2 * 4 * 6 * 6).reshape(2, 4, 6, 6)
@@ -55,7 +55,7 @@ def test_axes_are_named_and_free(tmp_path):
     for x in (X, X[:1], torch.cat([X, X])[:, :, :, :4], X.repeat(1, 1, 3, 2)):
         with torch.no_grad():
             torch.testing.assert_close(session({"x": x})[0], Small()(x), rtol=1e-4, atol=1e-5)
-    assert count_ops(path)["Conv"] == 1
+    assert [node.op_type for node in onnx.load(path).graph.node].count("Conv") == 1
 
 
 def test_large_weights_go_to_a_file_of_their_own(tmp_path, monkeypatch):
