@@ -29,7 +29,7 @@ _ORT_TYPES = {
 # What ONNX Runtime turns a quantized MatMul or Conv into when it runs it in 8 bits.
 _ORT_INT8 = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv")
 # ONNX Runtime's errors share no base class of their own.
-_ORT_ERRORS = (
+_ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
     *(
