@@ -23,14 +23,8 @@ from diffpress.errors import ArtifactError, ConfigError, NotComparableError, Reg
 from diffpress.eval.distances import moments
 from diffpress.eval.features import Features
 from diffpress.eval.gate import decide
-from diffpress.eval.statistics import (
-    BLOCKS,
-    Estimate,
-    density_coverage_replicates,
-    frechet_replicates,
-    paired_difference,
-    paired_ratio,
-)
+from diffpress.eval.replicates import BLOCKS, density_coverage_replicates, frechet_replicates
+from diffpress.eval.statistics import Estimate, paired_difference, paired_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,7 +100,15 @@ def check(directory: Path, baseline: Path, *, margins: Margins | None = None) ->
 
 def differences(baseline: Report, candidate: Report) -> Iterator[str]:
     """Each difference in machine, versions, seeds, preprocessing, model and evaluation, as one line."""
-    yield from _apart("", _conditions(baseline), _conditions(candidate))
+    left, right = _conditions(baseline), _conditions(candidate)
+    counts = [_samples(report) for report in (baseline, candidate)]
+    both = counts[0].keys() & counts[1].keys()  # an older report may lack a figure, which is then not compared
+    left["samples"], right["samples"] = ({name: count[name] for name in sorted(both)} for count in counts)
+    yield from _apart("", left, right)
+
+
+def _samples(report: Report) -> dict[str, int]:
+    return {row.name: row.n for row in report.quality} | {row.name: row.n for row in report.paired}
 
 
 def _conditions(report: Report) -> dict[str, Any]:
@@ -120,7 +122,6 @@ def _conditions(report: Report) -> dict[str, Any]:
         "preprocessing": report.provenance.preprocessing,
         "model hash": report.model.hash,
         "evaluate": report.recipe.get("evaluate"),
-        "samples": {metric.name: metric.n for metric in report.quality} | {item.name: item.n for item in report.paired},
         "batch": {f"{row.scope}, {row.candidate}": row.batch for row in report.latency},
     }
 

@@ -19,7 +19,12 @@ from diffpress.errors import ConfigError
 from diffpress.eval.extractors import Extractor, load_extractor
 from diffpress.eval.features import Features, extract, load_reference, save_features
 from diffpress.eval.fidelity import psnr, relative_error, ssim
-from diffpress.eval.statistics import density_coverage_replicates, frechet_replicates, kernel_replicates
+from diffpress.eval.replicates import (
+    density_coverage_replicates,
+    frechet_replicates,
+    kernel_replicates,
+    precision_recall_replicates,
+)
 from diffpress.generator import Generator, Samples, SamplingPlan
 from diffpress.progress import Progress
 
@@ -121,11 +126,13 @@ def quality_metrics(path: Path) -> tuple[Metric, ...]:
     rows = []
     for name, replicates in (("frechet", frechet_replicates), ("kernel", kernel_replicates)):
         rows.append(distribution_metric(name, replicates(original, reference), replicates(engine, reference)))
-    pairs = zip(
-        density_coverage_replicates(original, reference), density_coverage_replicates(engine, reference), strict=True
-    )
-    for name, (base, candidate) in zip(("density", "coverage"), pairs, strict=True):
-        rows.append(distribution_metric(name, base, candidate))
+    shares = {
+        ("precision", "recall"): precision_recall_replicates,
+        ("density", "coverage"): density_coverage_replicates,
+    }
+    for names, pair in shares.items():
+        for row in zip(names, pair(original, reference), pair(engine, reference), strict=True):
+            rows.append(distribution_metric(*row))
     return tuple(rows)
 
 

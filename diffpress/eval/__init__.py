@@ -19,10 +19,12 @@ _HOME = {
     "latency": "PeakMemory Timing benchmark latency_ratios peak_memory size_on_disk speedups",
     "machine": "describe_machine",
     "metrics": "METRICS Metric",
+    "replicates": (
+        "Replicates density_coverage_replicates frechet_replicates kernel_replicates precision_recall_replicates"
+    ),
     "statistics": (
-        "Estimate Replicates density_coverage_replicates frechet_interval frechet_replicates interval "
-        "kernel_replicates mean_interval median_ratio_interval paired_difference paired_frechet_difference "
-        "paired_frechet_ratio paired_ratio"
+        "Estimate frechet_interval interval mean_interval median_ratio_interval paired_difference "
+        "paired_frechet_difference paired_frechet_ratio paired_ratio"
     ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

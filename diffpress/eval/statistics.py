@@ -12,10 +12,8 @@ Intervals hold for the given reference set, which is not resampled.
 
 from __future__ import annotations
 
-import logging
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import scipy.stats
@@ -23,20 +21,7 @@ from pydantic import Field
 
 from diffpress.config import config
 from diffpress.errors import ConfigError
-from diffpress.eval.distances import (
-    Moments,
-    as_pair,
-    centred_pair,
-    frechet_from_root,
-    kernel_diagonal,
-    moments,
-    neighbour_radii,
-    polynomial_kernel,
-    row_blocks,
-    square_root,
-    squared_distances,
-)
-from diffpress.eval.metrics import METRICS
+from diffpress.eval.replicates import BLOCKS, frechet_replicates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,12 +29,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from diffpress.eval.distances import Matrix
-
-logger = logging.getLogger(__name__)
+    from diffpress.eval.replicates import Replicates
 
 LEVEL = 0.95
 """Two-sided level of reported intervals. A gate at one-sided 95 % needs the two-sided level 0.9."""
-BLOCKS = 25
 RESAMPLES = 2000
 
 
@@ -165,122 +148,15 @@ def _estimate(value: float, low: float, high: float, *, level: float, n: int, un
 # --- distances: delete-a-block jackknife ---
 
 
-@dataclass(frozen=True)
-class Replicates:
-    """A distance, and the same distance without each block of samples."""
-
-    value: float
-    """Over all n samples."""
-    leave_out: Matrix
-    """``[blocks]``: without block j."""
-    n: int
-    """Samples."""
-    unit: str
-    """Unit of the distance."""
-    seed: int
-    """Which deal of samples into blocks."""
-
-    @property
-    def pseudo(self) -> Matrix:
-        """B θ − (B − 1) θ₋ⱼ ``[blocks]``: their mean is the debiased value. Source: Tukey 1958."""
-        count = len(self.leave_out)
-        return count * self.value - (count - 1) * self.leave_out
-
-
-def block_order(n: int, *, blocks: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A random order of n samples ``[n]`` and the start of each block in it ``[blocks]``; sizes differ by at most one.
-
-    Raises `ConfigError` unless 2 ≤ blocks ≤ n / 2.
-    """
-    if not 2 <= blocks <= n // 2:
-        raise ConfigError(f"blocks is {blocks}; allowed: 2 to {n // 2}, half of the {n} samples")
-    order = np.random.default_rng(seed).permutation(n)
-    return order, np.arange(blocks) * n // blocks
-
-
-def frechet_replicates(
-    generated: ArrayLike, reference: ArrayLike | Moments, *, blocks: int = BLOCKS, seed: int = 0
-) -> Replicates:
-    """Fréchet distance of ``generated`` ``[n, d]`` to ``reference`` (``[m, d]``, or its `Moments`), by blocks.
-
-    Costs one pass over the features and blocks + 2 eigendecompositions of ``[d, d]``. With n below about 2 d the
-    covariance is near singular and neither distance nor interval means much; a warning says so.
-    Raises `ConfigError` (see `as_pair`, `block_order`).
-    """
-    target = reference if isinstance(reference, Moments) else moments(reference)
-    sample, _ = as_pair(generated, np.stack([target.mean] * 2))
-    n, dimension = sample.shape
-    if n < 2 * dimension:
-        logger.warning("%d samples for %d feature dimensions: the Fréchet distance is mostly bias", n, dimension)
-    order, starts = block_order(n, blocks=blocks, seed=seed)
-    root = square_root(target.covariance)
-    centre = sample.mean(axis=0)
-    parts = np.split(sample[order] - centre, starts[1:])
-    scatter = sum((part.T @ part for part in parts), np.zeros((dimension, dimension)))
-    value = frechet_from_root(Moments(centre, scatter / (n - 1)), target, root)
-    leave_out = np.empty(blocks)
-    for index, part in enumerate(parts):
-        left = n - len(part)
-        shift = -part.sum(axis=0) / left  # mean of the others, from the centre
-        covariance = (scatter - part.T @ part - left * np.outer(shift, shift)) / (left - 1)
-        leave_out[index] = frechet_from_root(Moments(centre + shift, covariance), target, root)
-    return Replicates(value, leave_out, n, METRICS["frechet"].unit, seed)
-
-
-def kernel_replicates(generated: ArrayLike, reference: ArrayLike, *, blocks: int = BLOCKS, seed: int = 0) -> Replicates:
-    """Kernel distance (KID) by blocks, at the cost of one kernel matrix. Raises `ConfigError` (see `as_pair`)."""
-    sample, target = as_pair(generated, reference)
-    n, m = len(sample), len(target)
-    order, starts = block_order(n, blocks=blocks, seed=seed)
-    sample = sample[order]
-    sizes = np.diff([*starts, n])
-    within = np.zeros((blocks, blocks))  # sums of k(xᵢ, xⱼ) over pairs of blocks
-    across = np.zeros(blocks)  # sums of k(xᵢ, yⱼ) over a block
-    owner = np.repeat(np.arange(blocks), sizes)
-    for rows in row_blocks(n, max(n, m)):
-        columns = np.add.reduceat(polynomial_kernel(sample[rows], sample), starts, axis=1)  # [rows, blocks]
-        np.add.at(within, owner[rows], columns)
-        np.add.at(across, owner[rows], polynomial_kernel(sample[rows], target).sum(axis=1))
-    diagonal = np.add.reduceat(kernel_diagonal(sample), starts)
-    reference_sum = sum(float(polynomial_kernel(target[rows], target).sum()) for rows in row_blocks(m, m))
-    constant = (reference_sum - kernel_diagonal(target).sum()) / (m * (m - 1))
-
-    def distance(pairs: Any, crossed: Any, count: Any) -> Any:
-        return pairs / (count * (count - 1)) - 2 * crossed / (count * m) + constant
-
-    pairs, total, kept = within.sum() - diagonal.sum(), across.sum(), n - sizes
-    rest = within.sum() - 2 * within.sum(axis=1) + np.diag(within) - (diagonal.sum() - diagonal)  # [blocks]
-    value = float(distance(pairs, total, n))
-    return Replicates(value, distance(rest, total - across, kept), n, METRICS["kernel"].unit, seed)
-
-
-def density_coverage_replicates(
-    generated: ArrayLike, reference: ArrayLike, *, k: int = 5, blocks: int = BLOCKS, seed: int = 0
-) -> tuple[Replicates, Replicates]:
-    """Density and coverage by blocks of the generated samples. Raises `ConfigError` (see `density_coverage`)."""
-    sample, target = centred_pair(generated, reference)
-    n, m = len(sample), len(target)
-    order, starts = block_order(n, blocks=blocks, seed=seed)
-    sample, sizes = sample[order], np.diff([*starts, n])
-    radii = neighbour_radii(target, k)
-    counts = np.empty((m, blocks), dtype=np.int64)  # samples of each block inside each ball
-    for rows in row_blocks(m, n):
-        member = squared_distances(target[rows], sample) <= radii[rows, None]  # [balls, n]
-        counts[rows] = np.add.reduceat(member, starts, axis=1, dtype=np.int64)
-    inside, total = counts.sum(axis=0), counts.sum(axis=1)
-    density = (inside.sum() - inside) / (k * (n - sizes))
-    coverage = (total[:, None] > counts).mean(axis=0)  # still covered without the block
-    return (
-        Replicates(float(inside.sum() / (k * n)), density, n, METRICS["density"].unit, seed),
-        Replicates(float((total > 0).mean()), coverage, n, METRICS["coverage"].unit, seed),
-    )
-
-
 def interval(replicates: Replicates, *, level: float = LEVEL, debias: bool = False) -> Estimate:
-    """θ ± t_{B−1} SE, with SE² = Σ (p_j − p̄)² / B(B − 1) over the jackknife's pseudo-values p.
+    """θ ± t_{B−1} SE, with SE² = Σ (p_j − p̄)² / B(B − 1) over the jackknife's pseudo-values p; a share: see below.
 
-    Raises `ConfigError` for a bad level.
+    The interval of a share (unless ``debias``) is Wilson's, for the number N = θ(1 − θ) / SE² of independent samples
+    that would be as sure (n where SE is 0): it stays in [0, 1] and keeps a width at both ends.
+    Raises `ConfigError` for a bad level. Source: Wilson 1927; with an effective sample size, Korn and Graubard 1998.
     """
+    if replicates.unit == "share" and not debias:
+        return _share(replicates, level)
     return _jackknife(replicates.value, replicates.pseudo, replicates, level=level, debias=debias, unit=replicates.unit)
 
 
@@ -351,6 +227,17 @@ def _jackknife(value: float, pseudo: Matrix, origin: Replicates, *, level: float
     half = _quantile(level, len(pseudo) - 1) * float(pseudo.std(ddof=1)) / math.sqrt(len(pseudo))
     method = _method_name(len(pseudo), debias=debias)
     return _estimate(centre, centre - half, centre + half, level=level, n=origin.n, unit=unit, method=method)
+
+
+def _share(replicates: Replicates, level: float) -> Estimate:
+    share, blocks = replicates.value, len(replicates.leave_out)
+    variance = float(replicates.pseudo.var(ddof=1)) / blocks
+    count = share * (1 - share) / variance if variance > 0 and 0 < share < 1 else replicates.n
+    factor = _quantile(level, blocks - 1) ** 2
+    centre = (share + factor / (2 * count)) / (1 + factor / count)
+    half = math.sqrt(factor * (share * (1 - share) / count + factor / (4 * count**2))) / (1 + factor / count)
+    method = f"{_method_name(blocks, debias=False)}, Wilson"
+    return _estimate(share, centre - half, centre + half, level=level, n=replicates.n, unit="share", method=method)
 
 
 def _method_name(blocks: int, *, debias: bool) -> str:

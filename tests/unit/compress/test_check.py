@@ -48,6 +48,15 @@ def test_an_unchanged_rerun_passes(artifact):
     result.require(strict=True)
 
 
+def test_a_figure_that_an_older_report_lacks_is_no_difference(artifact):
+    older, newer = fabricate(), fabricate(seed=1)
+    newer = dataclasses.replace(newer, quality=(*newer.quality, dataclasses.replace(newer.quality[-1], name="recall")))
+    assert check(artifact("new", newer), artifact("old", older)).outcome == "pass"
+    fewer = tuple(dataclasses.replace(metric, n=512) for metric in newer.quality)
+    with pytest.raises(NotComparableError, match=r"samples.frechet: baseline 1024, here 512"):
+        check(artifact("few", dataclasses.replace(newer, quality=fewer)), artifact("old2", older))
+
+
 @pytest.mark.parametrize(
     ("values", "name"),
     [({"slow": 1.2}, "latency"), ({"worse": 1.5}, "Fréchet")],

@@ -12,6 +12,8 @@ from diffpress.compress import evaluation
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.recipe import Recipe
 from diffpress.errors import ConfigError
+from diffpress.eval.distances import precision_recall
+from diffpress.eval.features import Features, save_features
 from diffpress.progress import SILENT
 
 
@@ -51,3 +53,21 @@ def test_a_missing_reference_is_found_before_any_work(recipe: Recipe) -> None:
     wrong = dataclasses.replace(recipe.evaluate, reference="nowhere.safetensors")
     with pytest.raises(ConfigError, match=r"nowhere\.safetensors"):
         evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=wrong))
+
+
+def test_every_distance_has_a_row_with_intervals(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    reference, original = random.normal(size=(2, 120, 5)).astype(np.float32)
+    sets = {"reference": reference, "original": original, "engine": original + np.float32(0.1)}
+    save_features(
+        tmp_path / "features", {name: Features(values, "test", "none", "abc", name) for name, values in sets.items()}
+    )
+    rows = evaluation.quality_metrics(tmp_path / "features")
+    assert [row.name for row in rows] == ["frechet", "kernel", "precision", "recall", "density", "coverage"]
+    shares = precision_recall(original, reference)
+    assert [rows[index].original.value for index in (2, 3)] == pytest.approx(shares)
+    for row in rows:
+        assert row.n == 120
+        assert row.engine.low < row.engine.high
+        assert row.difference is not None
+        assert row.difference.value == pytest.approx(row.engine.value - row.original.value)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from diffpress.compress.report import SCHEMA_FILE, read_report, report_json, rep
 from diffpress.compress.verdict import judge, number, speed_phrase, with_interval, worst
 from diffpress.errors import ArtifactError
 from diffpress.eval.latency import Timing
-from diffpress.eval.statistics import frechet_replicates
+from diffpress.eval.replicates import frechet_replicates
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,13 @@ def test_written_and_read_back(report, pictures, tmp_path):
 
 def test_committed_schema_is_current():
     assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == report_schema()
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.report.json")), ids=lambda file: file.name)
+def test_published_reports_are_still_read(file):
+    report = read_report(file)
+    assert report.version == 1
+    assert {metric.name for metric in report.quality} >= {"frechet", "kernel", "density", "coverage"}
 
 
 def test_reports_keep_the_schema_and_a_broken_one_does_not(report):

@@ -7,16 +7,18 @@ import pytest
 import scipy.stats
 
 from diffpress.errors import ConfigError
-from diffpress.eval.distances import Moments, density_coverage, frechet_distance, frechet_from_moments, kernel_distance
+from diffpress.eval.distances import Moments, frechet_distance, frechet_from_moments
+from diffpress.eval.replicates import (
+    Replicates,
+    density_coverage_replicates,
+    frechet_replicates,
+    kernel_replicates,
+    precision_recall_replicates,
+)
 from diffpress.eval.statistics import (
     Estimate,
-    Replicates,
-    block_order,
-    density_coverage_replicates,
     frechet_interval,
-    frechet_replicates,
     interval,
-    kernel_replicates,
     mean_interval,
     median_ratio_interval,
     paired_difference,
@@ -92,23 +94,6 @@ def test_the_naive_percentile_bootstrap_does_not_cover():
     assert np.mean([low <= TRUE_BASE <= high for low, high in naive]) < 0.3
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_replicates_are_the_distances_without_a_block(two_sets, seed):
-    x, y = two_sets
-    order, starts = block_order(len(x), blocks=7, seed=seed)
-    density, coverage = density_coverage_replicates(x, y, blocks=7, seed=seed)
-    frechet, kernel = (make(x, y, blocks=7, seed=seed) for make in (frechet_replicates, kernel_replicates))
-    assert frechet.value == pytest.approx(frechet_distance(x, y), rel=1e-9)
-    assert kernel.value == pytest.approx(kernel_distance(x, y), rel=1e-9)
-    assert (density.value, coverage.value) == pytest.approx(density_coverage(x, y))
-    for block, left_out in enumerate(np.split(order, starts[1:])):
-        rest = np.delete(x, left_out, axis=0)
-        assert frechet.leave_out[block] == pytest.approx(frechet_distance(rest, y), rel=1e-9)
-        assert kernel.leave_out[block] == pytest.approx(kernel_distance(rest, y), rel=1e-9)
-        assert (density.leave_out[block], coverage.leave_out[block]) == pytest.approx(density_coverage(rest, y))
-    assert len(set(kernel.leave_out)) == 7
-
-
 def test_kernel_and_coverage_intervals_cover():
     random = np.random.default_rng(2)
     reference = random.normal(size=(300, 6))
@@ -123,6 +108,49 @@ def test_kernel_and_coverage_intervals_cover():
         typical = np.mean([estimate.value for estimate in estimates])
         assert 0.88 <= share_inside(estimates, typical) <= 1.0
         assert share_inside(estimates, typical * 1.5) < 0.5
+
+
+def test_precision_and_recall_intervals_cover():
+    """Recall's are wide: a sample moves its neighbours' radii too, and then the jackknife overstates the variance."""
+    random = np.random.default_rng(7)
+    reference = random.normal(size=(200, 6))
+    single, paired = [], []
+    for _ in range(100):
+        base = random.normal(size=(160, 6)) * 0.9 + 0.3
+        candidate = base + 0.3 * random.normal(size=base.shape)
+        pair = [precision_recall_replicates(features, reference, blocks=20) for features in (base, candidate)]
+        single.append([interval(item) for item in pair[0]])
+        paired.append([paired_difference(*items) for items in zip(*pair, strict=True)])
+    for estimates in (*zip(*single, strict=True), *zip(*paired, strict=True)):
+        typical, spread = (of([estimate.value for estimate in estimates]) for of in (np.mean, np.std))
+        assert 0.90 <= share_inside(estimates, typical) <= 1.0
+        assert share_inside(estimates, typical + 6 * spread) < 0.3  # control: nor do they hold just anything
+        assert np.mean([estimate.high - estimate.low for estimate in estimates]) < 9 * spread  # 4 would be exact
+
+
+@pytest.mark.parametrize("share", [0.996, 0.004])
+def test_a_share_near_its_end_keeps_a_width_and_stays_in_range(share):
+    """Of 250 independent samples. The control is the jackknife's plain interval."""
+
+    def replicates(inside, unit):
+        return Replicates(inside.mean(), (inside.sum() - inside.sum(axis=1)) / 240, 250, unit, 0)
+
+    runs = np.random.default_rng(8).random((300, 25, 10)) < share
+    shares, plain = ([interval(replicates(run, unit)) for run in runs] for unit in ("share", "1"))
+    assert share_inside(shares, share) >= 0.9
+    assert min(estimate.low for estimate in shares) >= 0
+    assert max(estimate.high for estimate in shares) <= 1
+    assert min(estimate.high - estimate.low for estimate in shares) > 0.01
+    assert share_inside(plain, share) < 0.8
+    assert not all(0 <= estimate.low <= estimate.high <= 1 for estimate in plain)
+
+
+def test_far_from_its_ends_a_share_has_the_binomial_interval():
+    inside = np.random.default_rng(9).permutation(400) < 120
+    blocks = inside.reshape(200, 2).sum(axis=1)  # many blocks: t is nearly normal
+    found = interval(Replicates(0.3, (120 - blocks) / 398, 400, "share", 0))
+    expected = scipy.stats.binomtest(120, 400).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=3e-3)
 
 
 def test_a_candidate_equal_to_its_base_has_no_difference(two_sets):
@@ -195,8 +223,6 @@ def test_median_ratio_covers_under_common_drift():
         (lambda: mean_interval([1.0, 2.0], unit="1", level=95), "between 0 and 1"),
         (lambda: median_ratio_interval([1.0, 2.0], [1.0, 2.0, 3.0]), "2 and 3 samples"),
         (lambda: median_ratio_interval([1.0, 2.0], [0.0, 2.0]), "positive"),
-        (lambda: block_order(10, blocks=6, seed=0), "allowed: 2 to 5"),
-        (lambda: block_order(10, blocks=1, seed=0), "allowed: 2 to 5"),
     ],
 )
 def test_bad_input_is_named(call, words):
