@@ -16,7 +16,14 @@ from torch import nn
 from diffpress.errors import ConfigError, MissingDependencyError
 from diffpress.export.components import Component, Flat, find_components, flatten_inputs
 from diffpress.export.graph import export_graph
-from diffpress.export.parity import FLOAT_TOLERANCE, INT8_TOLERANCE, Parity, check_precision, compare
+from diffpress.export.parity import (
+    FLOAT_TOLERANCE,
+    ROUNDED_TOLERANCE,
+    Parity,
+    check_compute,
+    check_precision,
+    compare,
+)
 from diffpress.export.session import open_session
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan
@@ -174,12 +181,13 @@ def _prove(
     generator: Generator, part: Component, folder: Path, settings: ExportConfig, calls: list
 ) -> tuple[Parity, str, int]:
     path = folder / part.folder / "model.onnx"
-    session = open_session(path, target=settings.target, providers=settings.providers, trusted=True)
-    wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
-    found = check_precision(part.folder, session, wanted) if wanted else 0
-    pairs = [(part.flat_inputs(), part.outputs), *(calls if part.role == "denoiser" else [])]
-    return (
-        compare(part.folder, session, pairs, tolerance=INT8_TOLERANCE if wanted else FLOAT_TOLERANCE),
-        session.provider,
-        found,
+    session = open_session(
+        path, target=settings.target, providers=settings.providers, compute=settings.compute, trusted=True
     )
+    check_compute(part.folder, session, settings.compute)
+    wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
+    pairs = [(part.flat_inputs(), part.outputs), *(calls if part.role == "denoiser" else [])]
+    exact = not wanted and settings.compute == "float32"
+    parity = compare(part.folder, session, pairs, tolerance=FLOAT_TOLERANCE if exact else ROUNDED_TOLERANCE)
+    found = check_precision(part.folder, session, wanted) if wanted else 0
+    return parity, session.provider, found

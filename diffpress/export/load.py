@@ -41,6 +41,7 @@ def load(
             _there(root / part["folder"] / "model.onnx"),
             target=manifest["target"],
             providers=providers,
+            compute=manifest["export"].get("compute", "float32"),
             trusted=trusted,
         )
         parts[part["folder"]] = session, _read(root / part["folder"] / "config.json"), part

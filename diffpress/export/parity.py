@@ -12,7 +12,9 @@ from diffpress.errors import ParityError, PrecisionError
 from diffpress.export.session import Session
 
 FLOAT_TOLERANCE = 1e-3
-INT8_TOLERANCE = 5e-2  # a rounding that falls the other way moves a value by one step, in every layer
+ROUNDED_TOLERANCE = (
+    5e-2  # in 8 bits a rounding that falls the other way moves a value by a step; bfloat16 has 8 bits too
+)
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,11 @@ def check_precision(name: str, session: Session, wanted: int) -> int:
             f"({session.provider})"
         )
     return found
+
+
+def check_compute(name: str, session: Session, wanted: str) -> None:
+    """Raises PrecisionError when bfloat16 is wanted and the run-time computes in something else."""
+    if wanted == "bfloat16" and "bf16" not in session.provider:
+        raise PrecisionError(
+            f"{name}: compute bfloat16 is asked for, but this machine runs {session.provider}; allowed here: float32"
+        )

@@ -39,6 +39,7 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
     ),
 )
 _OPENVINO_COMPUTE = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")
+STATIC_SHAPES = 2
 
 
 class Session(Protocol):
@@ -115,48 +116,84 @@ class OnnxRuntimeSession:
 
 
 class OpenVinoSession:
-    """OpenVINO, reading the same ONNX file; ``providers`` is one device name, CPU without it."""
+    """OpenVINO, reading the same ONNX file; ``providers`` is one device name, CPU without it.
 
-    def __init__(self, path: Path, *, providers: Sequence[str] | None = None) -> None:
-        """Raises MissingDependencyError without openvino, EngineError for a device that is not there."""
+    A graph with free axes is compiled for the shapes it meets: the first ``STATIC_SHAPES`` sets of shapes get graphs of
+    their own (OpenVINO fuses far more when shapes are known), all others share one with free axes.
+    """
+
+    def __init__(self, path: Path, *, providers: Sequence[str] | None = None, compute: str = "float32") -> None:
+        """``compute``: precision of what is not in 8 bits, float32 or bfloat16.
+
+        A CPU without bfloat16 computes in float32; ``provider`` says which. Raises MissingDependencyError without
+        openvino, EngineError for a device that is not there.
+        """
         try:
             import openvino
         except ImportError as error:
             raise MissingDependencyError("openvino", "openvino", "target openvino") from error
-        core = openvino.Core()
-        device = (providers or ["CPU"])[0]
-        if device not in core.available_devices:
-            raise EngineError(f"device {device} is not available; OpenVINO sees {', '.join(core.available_devices)}")
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        if device == "CPU":
-            settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+        self._openvino, self._core = openvino, openvino.Core()
+        self._device = (providers or ["CPU"])[0]
+        if self._device not in self._core.available_devices:
+            known = ", ".join(self._core.available_devices)
+            raise EngineError(f"device {self._device} is not available; OpenVINO sees {known}")
+        able = "BF16" in self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
+        precision = "bf16" if compute == "bfloat16" and able else "f32"
+        self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        if self._device == "CPU":
+            self._settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         self._path = path
         try:
-            self._compiled = core.compile_model(core.read_model(str(path)), device, settings)
+            model = self._core.read_model(str(path))
         except RuntimeError as error:
-            raise EngineError(f"{path}: OpenVINO cannot compile it: {error}") from error
-        self._request = self._compiled.create_infer_request()
-        devices = ", ".join(self._compiled.get_property("EXECUTION_DEVICES"))
-        self.provider = f"OpenVINO {openvino.__version__.split('-')[0]}, {devices}"
-        self.inputs = {item.any_name: getattr(torch, _torch_name(item.element_type)) for item in self._compiled.inputs}
-        self.outputs = [item.any_name for item in self._compiled.outputs]
+            raise EngineError(f"{path}: OpenVINO cannot read it: {error}") from error
+        self.inputs = {item.any_name: getattr(torch, _torch_name(item.element_type)) for item in model.inputs}
+        self.outputs = [item.any_name for item in model.outputs]
+        self.provider = f"OpenVINO {openvino.__version__.split('-')[0]}, {self._device}, {precision}"
+        self._free = any(item.partial_shape.is_dynamic for item in model.inputs)
+        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+        if not self._free:
+            self._compile(None)
+
+    def _compile(self, shapes: dict[str, tuple[int, ...]] | None) -> Any:
+        """A request of the graph at ``shapes``; with None at those of the file."""
+        model = self._core.read_model(str(self._path))
+        if shapes is not None:
+            model.reshape({name: self._openvino.PartialShape(list(shape)) for name, shape in shapes.items()})
+        request = self._core.compile_model(model, self._device, self._settings).create_infer_request()
+        self._requests[() if shapes is None else tuple(shapes.values())] = request
+        return request
+
+    def _request(self, arrays: dict[str, np.ndarray]) -> Any:
+        shapes = {name: array.shape for name, array in arrays.items()}
+        key = tuple(shapes.values())
+        if self._free and key not in self._requests and len(self._requests) < STATIC_SHAPES:
+            return self._compile(shapes)
+        return self._requests.get(key) or self._requests.get(()) or self._compile(None)
 
     def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         arrays = {name: _array(inputs[name], dtype) for name, dtype in self.inputs.items()}
         try:
-            results = self._request.infer(arrays, share_inputs=True)
+            results = self._request(arrays).infer(arrays, share_inputs=True)
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
             raise EngineError(f"{self._path}: OpenVINO refuses {shapes}: {error}") from error
         return [torch.from_numpy(np.array(results[index])) for index in range(len(self.outputs))]
 
     def quantized_ops(self) -> int:
-        count = 0
-        for node in self._compiled.get_runtime_model().get_ordered_ops():
-            info = node.get_rt_info()
-            if str(info["layerType"].astype(str) if "layerType" in info else "") in _OPENVINO_COMPUTE:
-                count += str(info["runtimePrecision"].astype(str)) in ("i8", "u8")
-        return count
+        """The least over the graphs compiled so far."""
+        if not self._requests:
+            self._compile(None)
+        return min(_openvino_int8(request.get_compiled_model()) for request in self._requests.values())
+
+
+def _openvino_int8(compiled: Any) -> int:
+    count = 0
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if str(info["layerType"].astype(str) if "layerType" in info else "") in _OPENVINO_COMPUTE:
+            count += str(info["runtimePrecision"].astype(str)) in ("i8", "u8")
+    return count
 
 
 def _torch_name(element_type: Any) -> str:
@@ -169,11 +206,22 @@ def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
     return tensor.detach().to("cpu", dtype).contiguous().numpy()
 
 
-def open_session(path: Path, *, target: str, providers: Sequence[str] | None = None, trusted: bool = False) -> Session:
-    """The engine file ``path`` on the run-time of ``target``; ``trusted`` lets a TensorRT engine bring its own code."""
+def open_session(
+    path: Path,
+    *,
+    target: str,
+    providers: Sequence[str] | None = None,
+    compute: str = "float32",
+    trusted: bool = False,
+) -> Session:
+    """The engine file ``path`` on the run-time of ``target``.
+
+    ``compute``: precision of what is not in 8 bits, where the run-time decides that (OpenVINO). ``trusted`` lets a
+    TensorRT engine bring its own code.
+    """
     find_target(target)
     if target == "openvino":
-        return OpenVinoSession(path, providers=providers)
+        return OpenVinoSession(path, providers=providers, compute=compute)
     if target == "tensorrt":
         from diffpress.export.tensorrt import TensorRTSession
 

@@ -27,6 +27,8 @@ class ExportConfig:
     """Image width in pixels; null: the model's own."""
     providers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Execution providers or devices of the run-time in order of preference; null: the target's default."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Precision of what is not in 8 bits; bfloat16 for OpenVINO on CPUs that have it."""
     version_compatible: bool = False
     """TensorRT only: an engine that later TensorRT versions of the same major load too; slower, and carries code."""
     opset: Annotated[int, Field(ge=19, le=24)] = 20
@@ -38,4 +40,6 @@ class ExportConfig:
             raise ValueError("height and width go together: give both, or neither")
         if self.version_compatible and self.target != "tensorrt":
             raise ValueError(f"version_compatible is for target tensorrt; target is {self.target}")
+        if self.compute != "float32" and self.target != "openvino":
+            raise ValueError(f"compute {self.compute} is for target openvino; target is {self.target}")
         return self

@@ -108,10 +108,10 @@ class QuantizedLayer(nn.Module):
         return self.weight.float() * _along(self.weight_scale, self.weight.ndim, self.axis)
 
     def _export_weight(self) -> Tensor:
-        zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int8)
+        """Without a zero point: one that layers share keeps OpenVINO from 8 bits when shapes are static."""
         return torch.onnx.ops.symbolic(
             "DequantizeLinear",
-            (self.weight, self.weight_scale, zero_point),
+            (self.weight, self.weight_scale),
             attrs={"axis": self.axis},
             dtype=torch.float32,
             shape=self.weight.shape,

@@ -2,14 +2,17 @@
 
 import sys
 
+import numpy as np
+import onnx
+import openvino
 import pytest
 import torch
 from torch import nn
 
 from diffpress.errors import ConfigError, EngineError, MissingDependencyError, PrecisionError
 from diffpress.export.graph import export_graph
-from diffpress.export.parity import check_precision
-from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, open_session
+from diffpress.export.parity import check_compute, check_precision
+from diffpress.export.session import STATIC_SHAPES, OnnxRuntimeSession, OpenVinoSession, open_session
 from diffpress.quantize.modules import Activation, quantized
 from diffpress.targets import TARGETS
 
@@ -104,7 +107,7 @@ def test_it_says_what_runs(files):
     assert "CPUExecutionProvider" in OnnxRuntimeSession(files["float"], providers=["CPUExecutionProvider"]).provider
     openvino = OpenVinoSession(files["float"], providers=["CPU"]).provider
     assert openvino.startswith("OpenVINO 20")
-    assert openvino.endswith(", CPU")
+    assert openvino.endswith(", CPU, f32")
 
 
 @SESSIONS
@@ -124,3 +127,70 @@ def test_without_openvino_the_extra_is_named(files, monkeypatch):
 def test_unknown_target(files):
     with pytest.raises(ConfigError, match="'ncnn' is not one of onnxruntime, openvino, tensorrt"):
         open_session(files["float"], target="ncnn")
+
+
+def test_openvino_gives_the_first_shapes_graphs_of_their_own(files, relative):
+    session, shared = (OpenVinoSession(files["float"]) for _ in range(2))
+    shared._compile(None)
+    for count in range(1, STATIC_SHAPES + 3):
+        given = {
+            "x": torch.randn(count, 5, 16),
+            "index": torch.zeros(count, dtype=torch.int64),
+            "timestep": torch.ones(()),
+        }
+        with torch.no_grad():
+            assert relative(session(given)[0], Small(int8=False)(*given.values())) < 1e-4
+        assert len(session._requests) == min(count, STATIC_SHAPES + 1)
+    assert () in session._requests  # the graph with free axes, for all that came later
+
+
+class ConvolutionAndProduct(nn.Module):
+    """A convolution and a matrix product with the same number of channels, both in 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList()
+        for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 16)):
+            activation = Activation(TARGETS["openvino"])
+            activation.set_range(-4, 4, TARGETS["openvino"])
+            self.layers.append(quantized(layer, activation))
+
+    def forward(self, *tensors):
+        (image,) = tensors
+        return self.layers[1](torch.tanh(self.layers[0](image)).flatten(2).transpose(1, 2))
+
+
+def test_openvino_keeps_8_bits_when_shapes_are_static(tmp_path):
+    image = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
+    module, path = ConvolutionAndProduct().eval(), tmp_path / "model.onnx"
+    export_graph(module, {"image": image}, ["y"], path, free={"image": {0: "batch"}}, opset=20)
+    session = OpenVinoSession(path)
+    session({"image": image})
+    assert session.quantized_ops() == 2
+    shared = onnx.load(path)  # zero points that the layers share cost the 8 bits
+    zeros = onnx.numpy_helper.from_array(np.zeros(16, np.int8), "zeros")
+    shared.graph.initializer.append(zeros)
+    for node in shared.graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 2:
+            node.input.append("zeros")
+    onnx.save(shared, path)
+    session = OpenVinoSession(path)
+    session({"image": image})
+    assert session.quantized_ops() < 2
+
+
+@pytest.mark.skipif(
+    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="no bfloat16"
+)
+def test_bfloat16_is_what_runs_when_asked_for(files, relative):
+    session = OpenVinoSession(files["float"], compute="bfloat16")
+    check_compute("part", session, "bfloat16")
+    with torch.no_grad():
+        error = relative(session(INPUTS)[0], Small(int8=False)(*INPUTS.values()))
+    assert 1e-4 < error < 2e-2
+
+
+def test_bfloat16_that_does_not_run_is_named(files):
+    with pytest.raises(PrecisionError, match="compute bfloat16 is asked for, but this machine runs OpenVINO"):
+        check_compute("part", OpenVinoSession(files["float"]), "bfloat16")
