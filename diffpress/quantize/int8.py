@@ -118,7 +118,12 @@ class Int8:
             seen = self._observe(generator, layers, context)
             layers = {name: layers[name] for name in seen}
             for name, histogram in seen.items():
-                low, high = choose_range(histogram, self.config.observer, percentile=self.config.percentile)
+                low, high = choose_range(
+                    histogram,
+                    self.config.observer,
+                    percentile=self.config.percentile,
+                    symmetric=context.target.symmetric,
+                )
                 activations[name].set_range(low, high, context.target)
         twins = {name: quantized(layer, activations[name]) for name, layer in layers.items()}
         errors = _layer_errors(generator, layers, twins, context)

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from diffpress.quantize.modules import Activation
-from diffpress.quantize.observers import BINS, SAMPLE, Histogram, choose_range, rounded
+from diffpress.quantize.observers import BINS, SAMPLE, Histogram, choose_range, divergence, rounded
 from diffpress.targets import TARGETS
 
 
@@ -97,6 +98,62 @@ def test_mse_on_one_sided_data():
     assert squared_error(data, (low, high)) < squared_error(data, (0, data.max()))
 
 
+def slow_divergence(counts, start, end, levels=256):
+    """The calibrator's procedure, level by level."""
+    clipped = [float(count) for count in counts[start:end]]
+    inside = list(clipped)
+    clipped[0] += sum(counts[:start])
+    clipped[-1] += sum(counts[end:])
+    rounded_counts = [0.0] * len(inside)
+    for level in range(levels):
+        bins = [index for index in range(len(inside)) if index * levels // len(inside) == level]
+        used = [index for index in bins if clipped[index] > 0]
+        for index in used:
+            rounded_counts[index] = sum(inside[other] for other in bins) / len(used)
+    floor = 1e-4 * sum(rounded_counts) / len(rounded_counts)
+    return scipy.stats.entropy(clipped, [count + floor for count in rounded_counts])
+
+
+def test_divergence_against_a_slow_one():
+    counts = seen(np.random.default_rng(0).standard_t(df=3, size=30_000).astype(np.float32)).counts
+    spans = [(0, BINS), (300, 1700), (800, 1300), (900, 1100)]
+    found, expected = ([of(counts, *span) for span in spans] for of in (divergence, slow_divergence))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert divergence(counts, 301, 1700) != pytest.approx(expected[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_entropy_cuts_far_outliers_and_nothing_else(symmetric):
+    data = normal(1)
+    whole = choose_range(seen(data), "entropy", symmetric=symmetric)
+    np.testing.assert_allclose(whole, (data.min(), data.max()), rtol=0.2)
+    spiked = np.concatenate([data, np.full(5, 40, np.float32)])
+    low, high = choose_range(seen(spiked), "entropy", symmetric=symmetric)
+    assert high < 10
+    assert -low <= -data.min() * 1.001
+    assert choose_range(seen(spiked), "minmax")[1] == 40
+
+
+@pytest.mark.parametrize("observer", ["entropy", "mse", "percentile", "minmax"])
+@pytest.mark.parametrize("ends", [(5.0, 6.0), (-6.0, -5.0)])
+def test_ranges_hold_zero_even_where_data_do_not(observer, ends):
+    low, high = choose_range(seen(np.random.default_rng(0).uniform(*ends, 20_000)), observer)
+    assert low <= 0 <= high
+    assert max(-low, high) == pytest.approx(6, rel=0.01)
+
+
+def test_mse_for_a_symmetric_quantizer():
+    data = np.abs(np.random.default_rng(0).standard_t(df=3, size=30_000)).astype(np.float32) - 0.2
+    low, high = choose_range(seen(data), "mse", symmetric=True)
+    ends = max(-low, high)
+
+    def error(end):
+        return float(((rounded(data.astype(np.float64), -end, end, symmetric=True) - data) ** 2).mean())
+
+    assert error(ends) < 1.01 * min(error(share * data.max()) for share in np.linspace(0.05, 1, 60))
+    assert error(ends) < 0.9 * error(data.max())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite(bad):
     with pytest.raises(FloatingPointError, match="not finite"):
@@ -109,3 +166,8 @@ def test_rounding_is_what_the_layer_does():
     activation.set_range(-1.5, 2.0, target)
     np.testing.assert_allclose(rounded(data, -1.5, 2.0), activation(torch.from_numpy(data)), atol=1e-6)
     assert np.abs(rounded(data, -1.6, 2.0) - activation(torch.from_numpy(data)).numpy()).max() > 1e-3
+    target = TARGETS["tensorrt"]
+    activation = Activation(target)
+    activation.set_range(-1.5, 2.0, target)
+    symmetric = rounded(data, -1.5, 2.0, symmetric=True)
+    np.testing.assert_allclose(symmetric, activation(torch.from_numpy(data)), atol=1e-6)
