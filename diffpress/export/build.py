@@ -24,7 +24,7 @@ from diffpress.export.parity import (
     check_precision,
     compare,
 )
-from diffpress.export.session import open_session
+from diffpress.export.session import open_session, runs_on_cpu
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT, Progress
@@ -113,7 +113,13 @@ def _export_part(generator: Generator, part: Component, folder: Path, settings: 
     module = getattr(generator.pipeline, part.attribute)
     path = folder / part.folder / "model.onnx"
     export_graph(
-        Flat(module, part).eval(), part.flat_inputs(), list(part.outputs), path, free=part.free, opset=settings.opset
+        Flat(module, part).eval(),
+        part.flat_inputs(),
+        list(part.outputs),
+        path,
+        free=part.free,
+        opset=settings.opset,
+        for_onnxruntime_cpu=settings.target == "onnxruntime" and runs_on_cpu(settings.providers),
     )
     known = module.config if isinstance(module.config, dict) else module.config.to_dict()
     known = {name: value for name, value in known.items() if name != "_name_or_path"}  # where the checkpoint lay

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffpress.errors import EngineError
 from diffpress.export.components import Free
+from diffpress.export.passes import contrib_attention, fuse_products
 
 EXTERNAL_FROM = 1 << 30  # bytes of weights from which they go to a file of their own; protobuf ends at 2 GiB
 
@@ -27,14 +28,17 @@ def export_graph(
     *,
     free: Free,
     opset: int,
+    for_onnxruntime_cpu: bool = False,
 ) -> None:
     """Write ``module`` as ``path`` (and ``path``.data when large).
 
-    ``free`` names the axes left dynamic, by input. The same module gives the same bytes: what the exporter notes about
+    ``free`` names the axes left dynamic, by input. Standard operators only, unless ``for_onnxruntime_cpu`` allows
+    those that ONNX Runtime's CPU kernels add. The same module gives the same bytes: what the exporter notes about
     source files and call stacks is left out. Raises EngineError when the exporter cannot trace the module.
     """
     shapes = tuple(dict.fromkeys(free.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
-    with _quiet():
+    attention = contrib_attention() if for_onnxruntime_cpu else contextlib.nullcontext()
+    with _quiet(), attention:
         try:
             program = torch.onnx.export(
                 module,
@@ -49,6 +53,8 @@ def export_graph(
             raise EngineError(f"{path.parent.name}: torch.onnx cannot export it: {error}") from error
     assert program is not None
     model = program.model
+    if for_onnxruntime_cpu:
+        fuse_products(model)
     clean(model)
     _name_axes(model, free)
     large = (

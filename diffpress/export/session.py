@@ -57,15 +57,23 @@ class Session(Protocol):
         """How many matrix products and convolutions of the built graph run in 8 bits."""
 
 
+def onnxruntime_providers(wanted: Sequence[str] | None) -> list[str]:
+    """``wanted``, or by default CUDA where it is there, then the CPU."""
+    available = onnxruntime.get_available_providers()
+    return list(wanted or [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available])
+
+
+def runs_on_cpu(wanted: Sequence[str] | None) -> bool:
+    """Whether ONNX Runtime's CPU provider is the first choice."""
+    return onnxruntime_providers(wanted)[0] == "CPUExecutionProvider"
+
+
 class OnnxRuntimeSession:
     """ONNX Runtime; without ``providers`` on CUDA where it is there, else on the CPU."""
 
     def __init__(self, path: Path, *, providers: Sequence[str] | None = None) -> None:
         """Raises EngineError for a provider that is not available, or that the session silently left out."""
-        available = onnxruntime.get_available_providers()
-        wanted = list(
-            providers or [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-        )
+        available, wanted = onnxruntime.get_available_providers(), onnxruntime_providers(providers)
         missing = [name for name in wanted if name not in available]
         if missing:
             raise EngineError(

@@ -1,0 +1,102 @@
+"""Rewrites for ONNX Runtime's CPU kernels: other operators, the same numbers; what does not fit is left alone."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from diffpress.export.graph import export_graph
+from diffpress.export.session import OnnxRuntimeSession
+from diffpress.quantize.modules import Activation, quantized
+from diffpress.targets import TARGETS
+
+TARGET = TARGETS["onnxruntime"]
+X = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Attending(nn.Module):
+    """Self-attention whose four projections are in 8 bits; the second has no bias."""
+
+    def __init__(self, *, causal=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.causal, self.projections = causal, nn.ModuleList()
+        for index in range(4):
+            activation = Activation(TARGET)
+            activation.set_range(float(X.min()), float(X.max()), TARGET)
+            self.projections.append(quantized(nn.Linear(32, 32, bias=index != 1), activation))
+
+    def forward(self, *tensors):
+        batch, tokens, _ = tensors[0].shape
+        heads = [self.projections[i](tensors[0]).view(batch, tokens, 4, 8).transpose(1, 2) for i in range(3)]
+        hidden = F.scaled_dot_product_attention(*heads, attn_mask=None, dropout_p=0.0, is_causal=self.causal)
+        return self.projections[3](hidden.transpose(1, 2).reshape(batch, tokens, 32))
+
+
+def written(path, module, *, cpu=True):
+    export_graph(module.eval(), {"x": X}, ["y"], path, free={"x": {0: "batch"}}, opset=20, for_onnxruntime_cpu=cpu)
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return {kind: tmp_path_factory.mktemp("graphs") / "model.onnx" for kind in ("fused", "plain", "causal")}
+
+
+def test_products_take_their_bias_and_attention_is_one_operator(paths, relative):
+    module = Attending()
+    fused, plain = written(paths["fused"], module), written(paths["plain"], module, cpu=False)
+    assert fused["MatMulIntegerToFloat"] == 4
+    assert fused["MultiHeadAttention"] == 1
+    assert not {"MatMul", "Add", "DequantizeLinear", "Transpose", "Softmax"} & set(fused)
+    assert plain["MatMul"] == 6
+    assert {*plain} <= {node.name for node in onnx.defs.get_all_schemas()}  # the standard's operators only
+    session, before = (OnnxRuntimeSession(paths[kind]) for kind in ("fused", "plain"))
+    assert session.quantized_ops() == 4
+    for count in (3, 1):
+        given = {"x": X[:count]}
+        with torch.no_grad():
+            expected = module(*given.values())
+        assert relative(session(given)[0], expected) < 1e-2  # one rounding may fall the other way
+        assert relative(session(given)[0], before(given)[0]) < 1e-2
+        assert relative(session(given)[0], Attending(causal=True)(*given.values())) > 2e-2
+
+
+def test_attention_with_a_mask_keeps_its_form(paths, relative):
+    module = Attending(causal=True)
+    operators = written(paths["causal"], module)
+    assert not operators["MultiHeadAttention"]
+    assert operators["Softmax"] == 1
+    with torch.no_grad():
+        assert relative(OnnxRuntimeSession(paths["causal"])({"x": X})[0], module(X)) < 1e-2
+
+
+def test_one_product_is_exact_and_a_wrong_bias_is_seen(tmp_path, relative):
+    module = Attending().projections[0]
+
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = module
+
+        def forward(self, *tensors):
+            return self.layer(tensors[0])
+
+    path = tmp_path / "model.onnx"
+    assert written(path, Single())["MatMulIntegerToFloat"] == 1
+    with torch.no_grad():
+        expected = module(X)
+    assert relative(OnnxRuntimeSession(path)({"x": X})[0], expected) < 1e-6
+    model = onnx.load(path)
+    bias = next(item for item in model.graph.initializer if item.name.endswith("bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.zeros(32, np.float32), bias.name))
+    onnx.save(model, path)
+    assert relative(OnnxRuntimeSession(path)({"x": X})[0], expected) > 1e-2
+
+
+def test_torch_has_its_attention_back():
+    assert F.scaled_dot_product_attention.__module__ != "diffpress.export.passes"
