@@ -39,7 +39,6 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
     ),
 )
 _OPENVINO_COMPUTE = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")
-STATIC_SHAPES = 2
 
 
 class Session(Protocol):
@@ -126,11 +125,18 @@ class OnnxRuntimeSession:
 class OpenVinoSession:
     """OpenVINO, reading the same ONNX file; ``providers`` is one device name, CPU without it.
 
-    A graph with free axes is compiled for the shapes it meets: the first ``STATIC_SHAPES`` sets of shapes get graphs of
+    A graph with free axes is compiled for the shapes it meets: the first ``static_shapes`` sets of shapes get graphs of
     their own (OpenVINO fuses far more when shapes are known), all others share one with free axes.
     """
 
-    def __init__(self, path: Path, *, providers: Sequence[str] | None = None, compute: str = "float32") -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        providers: Sequence[str] | None = None,
+        compute: str = "float32",
+        static_shapes: int = 2,
+    ) -> None:
         """``compute``: precision of what is not in 8 bits, float32 or bfloat16.
 
         A CPU without bfloat16 computes in float32; ``provider`` says which. Raises MissingDependencyError without
@@ -150,7 +156,7 @@ class OpenVinoSession:
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         if self._device == "CPU":
             self._settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-        self._path = path
+        self._path, self._static_shapes = path, static_shapes
         try:
             model = self._core.read_model(str(path))
         except RuntimeError as error:
@@ -175,7 +181,7 @@ class OpenVinoSession:
     def _request(self, arrays: dict[str, np.ndarray]) -> Any:
         shapes = {name: array.shape for name, array in arrays.items()}
         key = tuple(shapes.values())
-        if self._free and key not in self._requests and len(self._requests) < STATIC_SHAPES:
+        if self._free and key not in self._requests and len(self._requests) < self._static_shapes:
             return self._compile(shapes)
         return self._requests.get(key) or self._requests.get(()) or self._compile(None)
 
