@@ -208,11 +208,7 @@ class Generator:
                         f"class {condition!r} is not one of {', '.join(labels) or 'the (unnamed) classes'}"
                     )
                 return labels[condition]
-            if (
-                isinstance(condition, bool)
-                or not isinstance(condition, int)
-                or not 0 <= condition < self._class_count()
-            ):
+            if type(condition) is not int or not 0 <= condition < self._class_count():
                 raise ConfigError(f"class {condition!r} is not a name or a number from 0 to {self._class_count() - 1}")
         return condition
 
@@ -233,11 +229,15 @@ class Generator:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width of a picture, in pixels, when nothing is said."""
-        size: Any = self.denoiser.config.sample_size  # type: ignore[union-attr]
+        """Height and width of a picture, in pixels, when nothing is said; CheckpointError where it is not known."""
+        pipeline, settings = self.pipeline, self.denoiser.config
+        size: Any = getattr(pipeline, "default_sample_size", None) or getattr(settings, "sample_size", None)
+        if size is None:
+            raise CheckpointError(f"{type(pipeline).__name__} does not say what size it draws: give height and width")
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        vae = getattr(self.pipeline, "vae", None)
-        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        vae, factor = getattr(pipeline, "vae", None), getattr(pipeline, "vae_scale_factor", None)
+        if factor is None:
+            factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         return int(height) * factor, int(width) * factor
 
     def _call_arguments(self, conditions: Sequence[Any], seeds: Sequence[int], plan: SamplingPlan) -> dict[str, Any]:
@@ -252,6 +252,8 @@ class Generator:
             if kind == "unconditional"
             else {_CONDITION_ARGUMENT[kind]: list(conditions)}
         )
+        if "use_resolution_binning" in self._arguments:  # would draw at the nearest usual size, then resize the picture
+            arguments["use_resolution_binning"] = False
         for name in ("guidance_scale", "height", "width"):
             value = getattr(plan, name)
             if value is not None and name in self._arguments:

@@ -86,6 +86,15 @@ def test_kinds_and_sizes(dit, sd, ddpm):
     assert [g.default_size for g in (dit, sd, ddpm)] == [(16, 16), (16, 16), (8, 8)]
 
 
+def test_a_pipeline_that_knows_its_size_is_believed(sd):
+    sd.pipeline.default_sample_size = 128  # as Flux has it: its transformer has no size of its own
+    assert sd.default_size == (256, 256)
+    del sd.pipeline.default_sample_size
+    sd.pipeline.unet.register_to_config(sample_size=None)
+    with pytest.raises(CheckpointError, match="give height and width"):
+        sd.default_size  # noqa: B018 - a property that raises
+
+
 def test_pictures_depend_on_their_seed_and_not_on_the_batch(any_generator, plan):
     generator, seeds = any_generator, [3, 1, 4, 1]
     conditions = generator.conditions(4)
