@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.quantize.modules import Activation, QuantizedLayer, quantized
-from diffpress.quantize.observers import Histogram, Observer, choose_range
+from diffpress.quantize.calibrate import layer_errors, observe_ranges
+from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quantized, weight_codes
+from diffpress.quantize.moments import Moments, collect_moments, shared_inputs, summable
+from diffpress.quantize.observers import Observer, choose_range
+from diffpress.quantize.rounding import gptq_codes, mean_error, refit_weight
+from diffpress.quantize.split import find_splits, split
 from diffpress.stage import Applied, Context
 from diffpress.targets import TARGETS, Target
 
@@ -29,6 +30,7 @@ SENSITIVE = (
     "*time_text_embed*",
     "*timestep_embedder*",
     "*class_embed*",
+    "*add_embed*",
     "*.emb.*",
     "*norm*.linear*",
     "*adaln*",
@@ -40,9 +42,6 @@ SENSITIVE = (
     "conv_out*",
     "proj_out*",
 )
-
-
-SENSITIVITY_SAMPLES = 2
 
 
 @config
@@ -59,6 +58,14 @@ class Int8Config:
     """Quantize Conv2d too; null: where the target's run-time is faster for it."""
     skip: tuple[str, ...] = ()
     """Layers to leave in float besides the sensitive ones: names in the denoiser, with * as wildcard."""
+    split_skips: bool = True
+    """Give each half of a U-Net's skip concatenation its own range where a convolution reads it; exact."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """nearest: each weight alone; gptq: later columns make up for the error of earlier ones, on quantized inputs."""
+    refit: bool = False
+    """Before rounding, fit the weight by least squares to what the quantized inputs have left of the inputs."""
+    bias_correction: bool = False
+    """Add what quantization takes from each output's mean to the bias, where the layer has one."""
 
 
 class Int8:
@@ -112,50 +119,103 @@ class Int8:
         """Raises ConfigError when calibration meets values that are not finite; layers never reached stay in float."""
         denoiser = generator.denoiser
         layers = self.layers(denoiser, context.target)
-        dynamic = self.config.activations == "dynamic"
-        activations = {name: Activation(context.target, dynamic=dynamic) for name in layers}
-        if not dynamic:
-            seen = self._observe(generator, layers, context)
-            layers = {name: layers[name] for name in seen}
-            for name, histogram in seen.items():
-                low, high = choose_range(
-                    histogram,
-                    self.config.observer,
-                    percentile=self.config.percentile,
-                    symmetric=context.target.symmetric,
-                )
-                activations[name].set_range(low, high, context.target)
-        twins = {name: quantized(layer, activations[name]) for name, layer in layers.items()}
-        errors = _layer_errors(generator, layers, twins, context)
+        splits = find_splits(generator, layers, context) if self.config.split_skips else {}
+        if splits:
+            split(denoiser, splits)
+            layers = self.layers(denoiser, context.target)
+        try:
+            twins = self._twins(generator, layers, context)
+        except FloatingPointError as error:
+            raise ConfigError(
+                f"quantize.int8: {error}: the generator cannot be calibrated in {denoiser.dtype}"
+            ) from error
+        layers = {name: layers[name] for name in twins}
+        errors = layer_errors(generator, layers, twins, context)
         for name, twin in twins.items():
             denoiser.set_submodule(name, twin)
-        kinds = {name: _describe(layer) for name, layer in layers.items()}
-        metadata = {"target": context.target.name, "dynamic": dynamic, "layers": kinds, "sensitivity": errors}
+        metadata = {
+            "target": context.target.name,
+            "dynamic": self.config.activations == "dynamic",
+            "splits": splits,
+            "layers": {name: _describe(layer) for name, layer in layers.items()},
+            "sensitivity": errors,
+        }
         total = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in denoiser.modules())
         summary = f"{len(layers)} of {len(layers) + total} layers in 8 bits, {self.config.activations} activations"
         return Applied(generator, metadata, summary)
 
-    def _observe(self, generator: Generator, layers: dict[str, nn.Module], context: Context) -> dict[str, Histogram]:
-        histograms = {name: Histogram() for name in layers}
-        hooks = {name: (lambda module, args, h=histograms[name]: h.update(args[0])) for name in layers}
-        try:
-            with _pre_hooks(layers, hooks):
-                context.run(generator, "Calibrating: observing activations")
-        except FloatingPointError as error:
-            raise ConfigError(
-                f"quantize.int8: {error}: the generator cannot be calibrated in {generator.denoiser.dtype}"
-            ) from error
-        for name, histogram in histograms.items():
+    def _twins(self, generator: Generator, layers: dict[str, nn.Module], context: Context) -> dict[str, QuantizedLayer]:
+        leaders = shared_inputs(generator, layers, context)
+        activations = self._activations(generator, layers, leaders, context)
+        layers = {name: layers[name] for name in activations}
+        rounded = {}
+        if self.config.rounding == "gptq" or self.config.refit or self.config.bias_correction:
+            rounded = self._rounded(generator, layers, leaders, activations, context)
+        return {name: quantized(layer, activations[name], rounded.get(name)) for name, layer in layers.items()}
+
+    def _rounded(
+        self,
+        generator: Generator,
+        layers: dict[str, nn.Module],
+        leaders: dict[str, str],
+        activations: dict[str, Activation],
+        context: Context,
+    ) -> dict[str, Rounded]:
+        """Weights rounded with the moments of their inputs, for the layers that are not too wide for that."""
+        summed = {name: leaders[name] for name, layer in layers.items() if summable(layer)}
+        if len(summed) < len(layers):
+            logger.info("quantize.int8: rounded to nearest: %s", ", ".join(layers.keys() - summed))
+        first = {leader: layers[leader] for leader in summed.values()}
+        rounded = {}
+        for moments in collect_moments(first, activations, generator, context, cross=self.config.refit):
+            for name, leader in summed.items():
+                if leader in moments:
+                    rounded[name] = self._round(layers[name], moments[leader])
+        return rounded
+
+    def _activations(
+        self, generator: Generator, layers: dict[str, nn.Module], leaders: dict[str, str], context: Context
+    ) -> dict[str, Activation]:
+        """A quantizer for each layer's input; none for a layer that was not reached."""
+        if self.config.activations == "dynamic":
+            return {name: Activation(context.target, dynamic=True) for name in layers}
+        histograms = observe_ranges({name: layers[name] for name in set(leaders.values())}, generator, context)
+        activations = {}
+        for name, leader in leaders.items():
+            histogram = histograms[leader]
             if histogram.limit == 0:
                 logger.warning(
                     "quantize.int8: %s saw only zeros in calibration, or was never called: left in float", name
                 )
-        return {name: histogram for name, histogram in histograms.items() if histogram.limit > 0}
+                continue
+            low, high = choose_range(
+                histogram, self.config.observer, percentile=self.config.percentile, symmetric=context.target.symmetric
+            )
+            activations[name] = Activation(context.target)
+            activations[name].set_range(low, high, context.target)
+        return activations
+
+    def _round(self, layer: Any, moments: Moments) -> Rounded:
+        """Codes, scales and bias of one layer from the moments of its quantized inputs."""
+        corrected = self.config.bias_correction and layer.bias is not None
+        exact = layer.weight.detach().float().flatten(1)  # [out, columns]
+        weight = exact
+        gram = moments.gram(centered=corrected)
+        if self.config.refit:
+            weight = refit_weight(weight, gram, moments.cross(centered=corrected))
+        codes, scale = weight_codes(weight, axis=0)
+        if self.config.rounding == "gptq":
+            codes = gptq_codes(weight, gram, scale)
+        bias = layer.bias
+        if corrected:
+            bias = bias + mean_error(exact, codes * scale[:, None], moments.mean_x, moments.mean_q)
+        return Rounded(codes.reshape(layer.weight.shape), scale, bias)
 
     @staticmethod
     def restore(generator: Generator, metadata: dict[str, Any]) -> None:
         """Put empty 8-bit layers where they were."""
         target = TARGETS[metadata["target"]]
+        split(generator.denoiser, metadata["splits"])
         for name, kind in metadata["layers"].items():
             layer = generator.denoiser.get_submodule(name)
             activation = Activation(target, dynamic=metadata["dynamic"])
@@ -166,44 +226,3 @@ class Int8:
 
 def _describe(layer: nn.Module) -> str:
     return f"{type(layer).__name__}{list(layer.weight.shape)}"  # type: ignore[union-attr, arg-type]
-
-
-@contextmanager
-def _pre_hooks(layers: dict[str, nn.Module], hooks: dict[str, Any]) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(hooks[name]) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def _layer_errors(
-    generator: Generator, layers: dict[str, nn.Module], twins: dict[str, QuantizedLayer], context: Context
-) -> dict[str, float]:
-    """||Q(layer)(x) - layer(x)|| / ||layer(x)||, each layer alone, over one small sampling run."""
-    totals = {name: [0.0, 0.0] for name in layers}
-
-    def compare(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            totals[name][0] += float((twins[name](args[0]) - output).square().sum())
-            totals[name][1] += float(output.square().sum())
-
-        return hook
-
-    handles = [layer.register_forward_hook(compare(name)) for name, layer in layers.items()]
-    few = min(SENSITIVITY_SAMPLES, len(context.conditions))
-    try:
-        generator.sample(
-            context.conditions[:few],
-            seeds=context.seeds[:few],
-            plan=context.plan,
-            batch_size=few,
-            progress=context.progress,
-            label="Measuring each layer's error",
-        )
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: (error / power) ** 0.5 if power else 0.0 for name, (error, power) in totals.items()}

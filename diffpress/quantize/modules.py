@@ -6,6 +6,7 @@ as int8; a Linear keeps them as [in, out], so that the exported MatMul reads the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -124,11 +125,6 @@ class QuantizedLinear(QuantizedLayer):
 
     axis = 1
 
-    @classmethod
-    def from_float(cls, layer: nn.Linear, activation: Activation) -> QuantizedLinear:
-        codes, scale = weight_codes(layer.weight.detach().T.contiguous(), axis=1)
-        return cls(codes, scale, layer.bias, activation)
-
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         if not torch.onnx.is_in_onnx_export():
             return F.linear(self.activation(x), self.dequantized().T.to(x.dtype), self.bias)
@@ -168,16 +164,6 @@ class QuantizedConv2d(QuantizedLayer):
         super().__init__(codes, scale, bias, activation)
         self.geometry = geometry
 
-    @staticmethod
-    def geometry_of(layer: nn.Conv2d) -> dict[str, Any]:
-        names = ("stride", "padding", "dilation", "groups")
-        return {name: getattr(layer, name) for name in names}
-
-    @classmethod
-    def from_float(cls, layer: nn.Conv2d, activation: Activation) -> QuantizedConv2d:
-        codes, scale = weight_codes(layer.weight.detach(), axis=0)
-        return cls(codes, scale, layer.bias, activation, cls.geometry_of(layer))
-
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         exporting = torch.onnx.is_in_onnx_export()
         inputs = self.activation.export(x) if exporting else self.activation(x)
@@ -185,9 +171,28 @@ class QuantizedConv2d(QuantizedLayer):
         return F.conv2d(inputs, weight, self.bias, **self.geometry)
 
 
-def quantized(layer: nn.Module, activation: Activation) -> QuantizedLayer:
-    """The 8-bit twin of a Linear or Conv2d (LoRA-compatible subclasses of them included, LoRA layers excluded)."""
+@dataclass(frozen=True)
+class Rounded:
+    """Integers of a layer's weight in its own layout, their scales [out], and the bias [out] if there is one."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+def rounded_to_nearest(layer: Any) -> Rounded:
+    """Each weight to its nearest code; the bias as it is."""
+    return Rounded(*weight_codes(layer.weight.detach(), axis=0), layer.bias)
+
+
+def quantized(layer: nn.Module, activation: Activation, rounded: Rounded | None = None) -> QuantizedLayer:
+    """The 8-bit twin of a Linear or Conv2d (LoRA-compatible subclasses of them included, LoRA layers excluded).
+
+    The weight is rounded to nearest unless ``rounded`` is given.
+    """
+    found = rounded or rounded_to_nearest(layer)
     if isinstance(layer, nn.Linear):
-        return QuantizedLinear.from_float(layer, activation)
+        return QuantizedLinear(found.codes.T.contiguous(), found.scale, found.bias, activation)
     assert isinstance(layer, nn.Conv2d)
-    return QuantizedConv2d.from_float(layer, activation)
+    geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    return QuantizedConv2d(found.codes, found.scale, found.bias, activation, geometry)

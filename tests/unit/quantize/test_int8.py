@@ -9,7 +9,9 @@ import torch
 from diffpress.artifact import load_weights, save_weights
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.quantize.int8 import SENSITIVITY_SAMPLES, Int8, Int8Config
+from diffpress.quantize import int8
+from diffpress.quantize.calibrate import SENSITIVITY_SAMPLES
+from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
 from diffpress.targets import TARGETS
 
@@ -144,3 +146,94 @@ def test_a_layer_that_is_never_reached_is_named(dit, context, caplog):
         Int8(Int8Config()).apply(dit, context(dit))
     assert "unused saw only zeros in calibration, or was never called: left in float" in caplog.text
     assert type(dit.denoiser.unused) is torch.nn.Linear
+
+
+def input_rows(generator, context, name):
+    """All rows that the layer reads in calibration, and the layer in float."""
+    rows, layer = [], generator.denoiser.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].flatten(0, -2).clone()))
+    context.run(generator, "")
+    handle.remove()
+    return torch.cat(rows), layer
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_each_repair_takes_error_away(dit_folder, context, target):
+    name, errors = "transformer_blocks.1.ff.net.2", {}
+    for settings in (
+        {},
+        {"bias_correction": True},
+        {"rounding": "gptq"},
+        {"rounding": "gptq", "refit": True, "bias_correction": True},
+    ):
+        generator = Generator.load(dit_folder)
+        given = context(generator, target)
+        x, layer = input_rows(generator, given, name)
+        Int8(Int8Config(**settings)).apply(generator, given)
+        with torch.no_grad():
+            error = (generator.denoiser.get_submodule(name)(x) - layer(x)).double()
+        errors[tuple(settings)] = float(error.square().mean()), float(error.mean(dim=0).abs().max())
+    plain, bias, gptq, everything = errors.values()
+    assert bias[1] < 0.1 * plain[1]  # the mean error is gone; not wholly, for the moments come from sampled rows
+    assert gptq[0] < plain[0]
+    assert everything[0] < min(0.95 * plain[0], gptq[0])
+
+
+def test_repairs_need_no_more_than_the_matrices_they_use(dit, context, monkeypatch):
+    asked = []
+    collect = int8.collect_moments
+    monkeypatch.setattr(
+        int8, "collect_moments", lambda *args, cross: asked.append(cross) or collect(*args, cross=cross)
+    )
+    for settings, expected in (({"rounding": "gptq"}, [False]), ({"refit": True}, [True]), ({}, [])):
+        asked.clear()
+        generator = Generator.load(dit.source)
+        Int8(Int8Config(**settings)).apply(generator, context(generator))
+        assert asked == expected
+
+
+def test_too_wide_layers_keep_nearest_rounding(dit_folder, context, monkeypatch):
+    codes = {}
+    for limit in (40, 6144):
+        monkeypatch.setattr("diffpress.quantize.moments.LARGEST", limit)
+        generator = Generator.load(dit_folder)
+        Int8(Int8Config(rounding="gptq")).apply(generator, context(generator))
+        codes[limit] = generator.denoiser.state_dict()
+    plain = Generator.load(dit_folder)
+    Int8(Int8Config()).apply(plain, context(plain))
+    wide, narrow = "transformer_blocks.0.ff.net.2.weight", "transformer_blocks.0.attn1.to_q.weight"  # 64 and 16 inputs
+    assert torch.equal(codes[40][wide], plain.denoiser.state_dict()[wide])
+    assert not torch.equal(codes[6144][wide], plain.denoiser.state_dict()[wide])
+    assert torch.equal(codes[40][narrow], codes[6144][narrow])
+
+
+@pytest.mark.parametrize(("family", "target"), [("dit", "onnxruntime"), ("sd", "openvino")])
+def test_repaired_and_restored_it_is_the_same(family, target, request, context, first_call, tmp_path):
+    generator = request.getfixturevalue(family)
+    in_float, call = first_call(generator)
+    settings = Int8Config(rounding="gptq", refit=True, bias_correction=True)
+    applied = Int8(settings).apply(generator, context(generator, target))
+    expected = first_call(generator, call)[0]
+    assert 0 < float((expected - in_float).norm() / in_float.norm()) < 0.1
+    save_weights(generator.denoiser, tmp_path / "weights.safetensors")
+    again = Generator.load(generator.source)
+    Int8.restore(again, json.loads(json.dumps(applied.metadata)))
+    load_weights(again.denoiser, tmp_path / "weights.safetensors")
+    assert torch.equal(first_call(again, call)[0], expected)
+
+
+def test_layers_that_share_an_input_share_its_codes(dit, context):
+    Int8(Int8Config()).apply(dit, context(dit))
+    attention = dit.denoiser.transformer_blocks[0].attn1
+    steps = {float(layer.activation.scale) for layer in (attention.to_q, attention.to_k, attention.to_v)}
+    assert len(steps) == 1
+    assert float(attention.to_out[0].activation.scale) not in steps
+
+
+def test_dynamic_layers_are_repaired_too(dit_folder, context):
+    weights = []
+    for rounding in ("nearest", "gptq"):
+        generator = Generator.load(dit_folder)
+        Int8(Int8Config(activations="dynamic", rounding=rounding)).apply(generator, context(generator))
+        weights.append(generator.denoiser.transformer_blocks[0].ff.net[2].weight)
+    assert not torch.equal(*weights)

@@ -1,0 +1,56 @@
+"""What calibration runs tell of a denoiser's layers: the ranges of their inputs, the error each one's twin makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpress.generator import Generator
+from diffpress.quantize.modules import QuantizedLayer
+from diffpress.quantize.observers import Histogram
+from diffpress.quantize.streams import pre_hooks
+from diffpress.stage import Context
+
+SENSITIVITY_SAMPLES = 2
+
+
+def observe_ranges(layers: Mapping[str, nn.Module], generator: Generator, context: Context) -> dict[str, Histogram]:
+    """Histograms of the layers' inputs over all calibration runs; FloatingPointError when a value is not finite."""
+    histograms = {name: Histogram() for name in layers}
+    with pre_hooks(layers, lambda name, x: histograms[name].update(x)):
+        context.run(generator, "Calibrating: observing activations")
+    return histograms
+
+
+@torch.no_grad()
+def layer_errors(
+    generator: Generator, layers: dict[str, nn.Module], twins: dict[str, QuantizedLayer], context: Context
+) -> dict[str, float]:
+    """||Q(layer)(x) - layer(x)|| / ||layer(x)||, each layer alone, over one small sampling run."""
+    totals = {name: [0.0, 0.0] for name in layers}
+
+    def compare(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            totals[name][0] += float((twins[name](args[0]) - output).square().sum())
+            totals[name][1] += float(output.square().sum())
+
+        return hook
+
+    handles = [layer.register_forward_hook(compare(name)) for name, layer in layers.items()]
+    few = min(SENSITIVITY_SAMPLES, len(context.conditions))
+    try:
+        generator.sample(
+            context.conditions[:few],
+            seeds=context.seeds[:few],
+            plan=context.plan,
+            batch_size=few,
+            progress=context.progress,
+            label="Measuring each layer's error",
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (error / power) ** 0.5 if power else 0.0 for name, (error, power) in totals.items()}
