@@ -2,9 +2,11 @@
 
 from diffpress.quantize.int8 import Int8
 from diffpress.quantize.smooth import Smooth
+from diffpress.quantize.weights import Weights
 from diffpress.stage import Stage
 
 METHODS: dict[str, type[Stage]] = {
     "quantize.int8": Int8,
     "quantize.smooth": Smooth,
+    "quantize.weights": Weights,
 }

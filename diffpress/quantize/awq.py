@@ -1,0 +1,177 @@
+"""Activation-aware weight quantization: scale the channels that carry much, clip the ranges (Lin et al. 2024)."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpress.quantize.folds import Fold, apply_fold, divide_affine, divide_rows
+from diffpress.quantize.weight_only import Form, group_codes
+
+MAX_ROWS = 512  # rows of a layer's input that are kept; enough to rank candidates
+EXPONENTS = tuple(step / 20 for step in range(20))  # rho = 0, 0.05, ..., 0.95
+CLIPS = tuple(1 - step / 20 for step in range(11))  # down to half of the range
+UNCLIPPED = ("*to_q", "*to_k", "*q_proj", "*k_proj", "*.q", "*.k")  # an error there moves all of the attention
+
+
+class Rows:
+    """Evenly spread rows of a stream of inputs: when too many are there, every other is dropped, now and to come."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._stride, self._count = 1, 0
+
+    def update(self, x: Tensor) -> None:
+        """Take in ``x`` [..., channels], or indices of any shape."""
+        rows = x.detach().reshape(-1, x.shape[-1]) if x.is_floating_point() else x.detach().flatten()
+        first = -self._count % self._stride
+        self._rows += [row.clone() for row in rows[first :: self._stride]]
+        self._count += len(rows)
+        while len(self._rows) > MAX_ROWS:
+            self._rows, self._stride = self._rows[::2], 2 * self._stride
+
+    def scale(self, r: Tensor) -> None:
+        """Divide every row by r [channels]."""
+        self._rows = [row / r for row in self._rows]
+
+    def tensor(self) -> Tensor:
+        """The rows: [rows, channels], or [rows] indices."""
+        return torch.stack(self._rows)
+
+
+@contextmanager
+def watching(layers: dict[str, Any]) -> Iterator[dict[str, Rows]]:
+    """Rows of what each layer reads inside the block, by name; hooks are removed on exit."""
+    seen: dict[str, Rows] = {}
+
+    def watch(name: str) -> Any:
+        return lambda module, args: seen.setdefault(name, Rows()).update(args[0])
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def relative_error(twin: nn.Module, layer: nn.Module, seen: Rows) -> float:
+    """||twin(x) - layer(x)|| / ||layer(x)|| over the rows that were seen; 0 where layer(x) is 0."""
+    x = seen.tensor()
+    expected = layer(x).double()
+    power = float(expected.norm())
+    return float((twin(x).double() - expected).norm()) / power if power else 0.0
+
+
+def dequantized(weight: Tensor, form: Form, *, clip: Tensor | float = 1.0) -> Tensor:
+    """Ŵ [out, in] of the codes that `group_codes` gives."""
+    codes, scale = group_codes(weight, bits=form.bits, group=form.group, clip=clip)
+    return (codes * scale[..., None]).flatten(1)
+
+
+def channel_scales(x: Tensor, exponent: float) -> Tensor:
+    """s = mean|X|^rho / sqrt(max s · min s) over the rows of x [rows, in]; 1 for channels that carry nothing."""
+    mean = x.abs().float().mean(dim=0)
+    alive = mean > 0
+    s = torch.where(alive, mean, mean[alive].mean() if alive.any() else 1.0) ** exponent
+    return torch.where(alive, s / (s.max() * s.min()).sqrt(), 1.0)
+
+
+@torch.no_grad()
+def best_scales(x: Tensor, weights: Sequence[Tensor], form: Form) -> Tensor:
+    """argmin over rho of sum_W ||X (Q(W s) / s - W)ᵀ||²; x [rows, in], every W [out, in] reads x. rho = 0 is s = 1."""
+    candidates = [channel_scales(x, exponent) for exponent in EXPONENTS]
+    errors = [
+        sum(float((x @ (dequantized(weight * s, form) / s - weight).T).square().sum()) for weight in weights)
+        for s in candidates
+    ]
+    return candidates[min(range(len(errors)), key=errors.__getitem__)]
+
+
+@torch.no_grad()
+def clip_ratios(weight: Tensor, x: Tensor, form: Form) -> Tensor:
+    """argmin over c of ||X_g (Q_c(W_g) - W_g)ᵀ||² for each output channel and group g: [out, groups] of `CLIPS`."""
+    size = form.group or weight.shape[1]
+    groups = x.float().unflatten(1, (-1, size)).unbind(1)  # each [rows, size]
+    best = ratio = torch.empty(0)
+    for clip in CLIPS:
+        deltas = (dequantized(weight, form, clip=clip) - weight).unflatten(1, (-1, size)).unbind(1)  # each [out, size]
+        error = torch.stack([(x_g @ d_g.T).square().sum(dim=0) for x_g, d_g in zip(groups, deltas, strict=True)], dim=1)
+        if clip == 1:
+            best, ratio = error, torch.ones_like(error)
+        ratio = torch.where(error < best, clip, ratio)
+        best = torch.minimum(best, error)
+    return ratio
+
+
+@torch.no_grad()
+def best_clip(name: str, layer: nn.Linear, x: Tensor, form: Form) -> Tensor | float:
+    """`clip_ratios` where they lower the layer's whole error, else 1; 1 for queries and keys."""
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in UNCLIPPED):
+        return 1.0
+    ratios = clip_ratios(layer.weight, x, form)
+    clipped, nearest = (
+        float((x @ (dequantized(layer.weight, form, clip=clip) - layer.weight).T).square().sum())
+        for clip in (ratios, 1.0)
+    )
+    return ratios if clipped < nearest else 1.0
+
+
+def balance(folds: Sequence[Fold], layers: dict[str, Any], seen: dict[str, Rows], form: Form) -> None:
+    """Fold the best scales of every fold whose consumers are all among ``layers``; rows that were seen follow."""
+    names = {id(layer): name for name, layer in layers.items() if name in seen and isinstance(layer, nn.Linear)}
+    for fold in folds:
+        readers = [names.get(id(consumer)) for consumer in fold.consumers]
+        if None in readers:
+            continue
+        first = readers[0]
+        assert first is not None
+        s = best_scales(seen[first].tensor(), [consumer.weight for consumer in fold.consumers], form)
+        apply_fold(fold, s)
+        for name in readers:
+            assert name is not None
+            seen[name].scale(s)
+
+
+def find_text_folds(model: nn.Module) -> list[Fold]:
+    """Folds in the blocks of transformers' CLIP and T5 text encoders, found by their parts, in order of execution."""
+    folds: list[Fold] = []
+    for name, module in model.named_modules():
+        parts = dict(module.named_children())
+        if {"self_attn", "layer_norm1", "mlp", "layer_norm2"} <= parts.keys():
+            folds += _clip_folds(name, module)
+        elif {"SelfAttention", "layer_norm"} <= parts.keys():
+            attention, norm = parts["SelfAttention"], parts["layer_norm"]
+            folds.append(Fold(f"{name}.norm", (attention.q, attention.k, attention.v), partial(_divide_norm, norm)))
+            folds.append(Fold(f"{name}.o", (attention.o,), partial(divide_rows, attention.v)))
+        elif {"DenseReluDense", "layer_norm"} <= parts.keys():
+            dense, norm = parts["DenseReluDense"], parts["layer_norm"]
+            folds += _t5_feed_forward(name, dense, norm)
+    return folds
+
+
+def _clip_folds(name: str, block: Any) -> Iterator[Fold]:
+    attention = block.self_attn
+    queries = (attention.q_proj, attention.k_proj, attention.v_proj)
+    yield Fold(f"{name}.layer_norm1", queries, partial(divide_affine, block.layer_norm1))
+    yield Fold(f"{name}.out_proj", (attention.out_proj,), partial(divide_rows, attention.v_proj))
+    yield Fold(f"{name}.layer_norm2", (block.mlp.fc1,), partial(divide_affine, block.layer_norm2))
+
+
+def _t5_feed_forward(name: str, dense: Any, norm: Any) -> Iterator[Fold]:
+    gated = hasattr(dense, "wi_1")
+    yield Fold(f"{name}.norm", (dense.wi_0, dense.wi_1) if gated else (dense.wi,), partial(_divide_norm, norm))
+    if gated:
+        yield Fold(f"{name}.wo", (dense.wo,), partial(divide_rows, dense.wi_1))
+
+
+def _divide_norm(norm: Any, r: Tensor) -> None:
+    """T5's norm has no bias."""
+    norm.weight.div_(r)

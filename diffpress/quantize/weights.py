@@ -1,0 +1,184 @@
+"""W8 and W4: weight-only quantization of what no other stage has quantized, or of a text encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+from torch import nn
+
+from diffpress.config import config
+from diffpress.errors import ArtifactError, ConfigError
+from diffpress.generator import Generator
+from diffpress.quantize.awq import Rows, balance, best_clip, find_text_folds, relative_error, watching
+from diffpress.quantize.folds import find_folds
+from diffpress.quantize.modules import QuantizedLayer
+from diffpress.quantize.weight_only import Form, WeightOnlyEmbedding, WeightOnlyLinear, weight_only
+from diffpress.stage import Applied, Context
+from diffpress.targets import Target
+
+Component = Literal["denoiser", "text_encoder", "text_encoder_2", "text_encoder_3"]
+GROUPED = ("onnxruntime", "openvino")  # run-times that read MatMulNBits
+TEXT_STEPS = 2  # a text encoder sees the same prompts whatever the schedule
+
+
+@config
+class WeightsConfig:
+    """Which weights, and how many bits."""
+
+    bits: Literal[8, 4] = 8
+    """Bits of a weight; embedding tables take 8 in any case."""
+    group: Literal[32, 64, 128] | None = None
+    """Input channels that share a scale; null: one scale for each output channel."""
+    layers: tuple[str, ...] = ("*",)
+    """Linear and Embedding layers to quantize: names in the component, with * as wildcard. What another stage has quantized stays as it is."""  # noqa: E501
+    skip: tuple[str, ...] = ()
+    """Layers to leave in float all the same: names in the component, with * as wildcard."""
+    awq: bool = False
+    """Scale channels by what they carry, where a norm or a projection before can take the inverse, and clip ranges."""
+    component: Component = "denoiser"
+    """Part of the pipeline whose weights are quantized."""
+
+    @model_validator(mode="after")
+    def _needs_groups(self) -> WeightsConfig:
+        if self.bits == 4 and self.group is None:
+            raise ValueError("bits 4 needs a group: 32, 64 or 128")
+        return self
+
+
+class Weights:
+    """``quantize.weights``: replaces Linear and Embedding layers by twins that keep codes and scales."""
+
+    Config: ClassVar[type] = WeightsConfig
+
+    def __init__(self, config: WeightsConfig) -> None:
+        self.config = config
+
+    def layers(self, component: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
+        """The layers this config quantizes, by name; one that is used in several places has its first name."""
+        return {
+            name: module
+            for name, module in component.named_modules()
+            if isinstance(module, nn.Linear | nn.Embedding)
+            and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.layers)
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.skip)
+        }
+
+    def check(self, generator: Generator, target: Target) -> None:
+        """Raises ConfigError for what the target cannot run, patterns that match nothing, and groups that don't fit."""
+        component = find_component(generator, self.config.component)
+        if self.config.group is not None and target.name not in GROUPED:
+            raise ConfigError(
+                f"quantize.weights: group {self.config.group} does not run on target {target.name}; "
+                f"targets that can: {', '.join(GROUPED)}; allowed here: bits 8, group null"
+            )
+        known = [name for name, module in component.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+        for field in ("layers", "skip"):
+            for pattern in getattr(self.config, field):
+                if pattern != "*" and not fnmatch.filter(known, pattern):
+                    raise ConfigError(
+                        f"quantize.weights: {field} {pattern!r} matches no Linear or Embedding in float of "
+                        f"{type(component).__name__}"
+                    )
+        chosen = self.layers(component)
+        if not chosen:
+            raise ConfigError(f"quantize.weights: no layer of {type(component).__name__} is left to quantize")
+        _check_groups(chosen, self.config.group)
+
+    def apply(self, generator: Generator, context: Context) -> Applied:
+        """Layers that no calibration run reaches are quantized too, to the nearest code."""
+        component = find_component(generator, self.config.component)
+        form, chosen = Form(context.target.name, self.config.bits, self.config.group), self.layers(component)
+        before = _bytes(component)
+        with watching(chosen) as seen:
+            self._calibrate(generator, context)
+        if self.config.awq:
+            balance(_folds(component), chosen, seen, form)
+        errors: dict[str, float] = {}
+        for name, layer in chosen.items():
+            twin = self._twin(name, layer, form, seen)
+            if name in seen:
+                errors[name] = relative_error(twin, layer, seen[name])
+            replace(component, layer, twin)
+        metadata = {
+            "target": context.target.name,
+            "component": self.config.component,
+            "bits": self.config.bits,
+            "group": self.config.group,
+            "layers": {name: list(layer.weight.shape) for name, layer in chosen.items()},
+            "sensitivity": errors,
+        }
+        saved = f"{before / 2**20:.1f} to {_bytes(component) / 2**20:.1f} MiB"
+        summary = f"weights of {len(chosen)} layers in {self.config.bits} bits, {self.config.component} from {saved}"
+        return Applied(generator, metadata, summary)
+
+    def _calibrate(self, generator: Generator, context: Context) -> None:
+        plan = context.plan
+        if self.config.component != "denoiser":
+            plan = dataclasses.replace(plan, steps=min(plan.steps, TEXT_STEPS))
+        dataclasses.replace(context, plan=plan).run(generator, "Calibrating: observing inputs")
+
+    def _twin(self, name: str, layer: nn.Linear | nn.Embedding, form: Form, seen: dict[str, Rows]) -> nn.Module:
+        if not self.config.awq or name not in seen or isinstance(layer, nn.Embedding):
+            return weight_only(layer, form)
+        return weight_only(layer, form, clip=best_clip(name, layer, seen[name].tensor(), form))
+
+    @staticmethod
+    def restore(generator: Generator, metadata: dict[str, Any]) -> None:
+        """Put empty twins where they were. Raises ArtifactError for a component that artifacts do not keep."""
+        if metadata["component"] != "denoiser":
+            raise ArtifactError(
+                f"quantize.weights: the weights of {metadata['component']} are not kept between runs, only the "
+                "denoiser's; run the recipe into a new folder"
+            )
+        form = Form(metadata["target"], metadata["bits"], metadata["group"])
+        for name, shape in metadata["layers"].items():
+            layer: Any = generator.denoiser.get_submodule(name)
+            if list(layer.weight.shape) != shape:
+                raise ConfigError(
+                    f"quantize.weights: layer {name} is {list(layer.weight.shape)}, but the artifact has {shape}"
+                )
+            replace(generator.denoiser, layer, weight_only(layer, form))
+
+
+def find_component(generator: Generator, name: str) -> nn.Module:
+    """The denoiser or a text encoder. Raises ConfigError where the pipeline has none of that name."""
+    found = generator.denoiser if name == "denoiser" else getattr(generator.pipeline, name, None)
+    if not isinstance(found, nn.Module):
+        texts = [part for part in sorted(generator.pipeline.components) if part.startswith("text_encoder")]
+        allowed = ", ".join(("denoiser", *texts))
+        raise ConfigError(f"quantize.weights: {type(generator.pipeline).__name__} has no {name}; allowed: {allowed}")
+    return found
+
+
+def replace(component: nn.Module, layer: nn.Module, twin: nn.Module) -> None:
+    """Put ``twin`` in every place where ``layer`` is: tied embeddings have several."""
+    places = [name for name, module in component.named_modules(remove_duplicate=False) if module is layer]
+    for name in places:
+        component.set_submodule(name, twin)
+
+
+def _check_groups(chosen: dict[str, nn.Linear | nn.Embedding], group: int | None) -> None:
+    linears = {name: layer for name, layer in chosen.items() if isinstance(layer, nn.Linear)}
+    wrong = [name for name, layer in linears.items() if group is not None and layer.in_features % group]
+    if wrong:
+        first = linears[wrong[0]]
+        raise ConfigError(
+            f"quantize.weights: group {group} does not divide the {first.in_features} input channels of {wrong[0]}"
+            f"{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}; allowed: a divisor, null, or skip the layer"
+        )
+
+
+def _folds(component: nn.Module) -> list[Any]:
+    """Where scales can be folded; nowhere once anything is quantized, for a fold may have to change that."""
+    coded = QuantizedLayer | WeightOnlyLinear | WeightOnlyEmbedding
+    if any(isinstance(module, coded) for module in component.modules()):
+        return []
+    return [*find_folds(component), *find_text_folds(component)]
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensors.values())
