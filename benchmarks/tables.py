@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from denoisers.results import table
+
 from diffpress.compress.report import read_report
 from diffpress.compress.verdict import with_interval
 
@@ -50,8 +52,14 @@ def methods(name: str) -> list[str]:
     return [*lines, ""]
 
 
+def denoisers(name: str) -> list[str]:
+    path = RESULTS / f"{name}.json"
+    return table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
 def main() -> None:
-    print("\n".join([*recipes(), "", *methods("dit"), *methods("unet")]))
+    parts = [*recipes(), "", *methods("dit"), *methods("unet")]
+    print("\n".join([*parts, *denoisers("cpu-denoiser"), *denoisers("cpu-denoiser-outliers")]))
 
 
 if __name__ == "__main__":
