@@ -1,4 +1,4 @@
-"""Where a channel transform can be folded, exactly, into the operation before: x' = x / r, W' = W diag(r).
+"""Where a channel transform can be folded, exactly, into the operation before: x' = x / r - b, W' = W diag(r).
 
 Found by structure in the stock diffusers blocks, so that a fold costs nothing at run time:
 
@@ -26,11 +26,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Fold:
-    """One tensor, the layers that read it, and how to divide its channels by r [channels] where it is made."""
+    """One tensor, the layers that read it, and how to divide its channels by r [channels] where it is made.
+
+    ``subtract`` takes b [channels] from them; None where something in between would not carry it.
+    """
 
     name: str
     consumers: tuple[Any, ...]
     divide: Callable[[Tensor], None]
+    subtract: Callable[[Tensor], None] | None = None
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a shift can be folded: it can be made, and every consumer has a bias to undo it."""
+        return self.subtract is not None and all(consumer.bias is not None for consumer in self.consumers)
 
     @property
     def channels(self) -> int:
@@ -68,6 +77,11 @@ def divide_rows(linear: nn.Linear, r: Tensor, *, first: int = 0) -> None:
         linear.bias[rows] /= r
 
 
+def subtract_bias(layer: Any, b: Tensor, *, first: int = 0) -> None:
+    """Take b from the output channels first .. first + len(b) of a Linear or norm with a bias."""
+    layer.bias[first : first + len(b)] -= b
+
+
 def find_folds(model: nn.Module) -> list[Fold]:
     """Every fold in the model's stock blocks, in the order of execution."""
     folds: list[Fold] = []
@@ -75,24 +89,23 @@ def find_folds(model: nn.Module) -> list[Fold]:
         if isinstance(module, BasicTransformerBlock):
             folds += _block_folds(name, module)
         elif isinstance(module, Transformer2DModel) and getattr(module, "norm", None) is not None:
-            folds.append(Fold(f"{name}.norm", (module.proj_in,), partial(divide_affine, module.norm)))
+            folds.append(_affine_fold(f"{name}.norm", module.norm, (module.proj_in,)))
     return folds
 
 
 def _block_folds(name: str, block: BasicTransformerBlock) -> Iterator[Fold]:
     if isinstance(block.norm1, AdaLayerNormZero) and block.norm1.linear.bias is not None:
-        modulation = block.norm1.linear
-        yield Fold(f"{name}.norm1", _queries(block.attn1), lambda r: divide_modulation(modulation, r, shift=0, scale=1))
+        yield _modulated_fold(f"{name}.norm1", block.norm1.linear, _queries(block.attn1), shift=0, scale=1)
         yield _value_fold(f"{name}.attn1", block.attn1)
-        yield Fold(f"{name}.norm3", _first(block), lambda r: divide_modulation(modulation, r, shift=3, scale=4))
+        yield _modulated_fold(f"{name}.norm3", block.norm1.linear, _first(block), shift=3, scale=4)
     elif block.use_layer_norm and block.norm1.elementwise_affine:
-        yield Fold(f"{name}.norm1", _queries(block.attn1), lambda r: divide_affine(block.norm1, r))
+        yield _affine_fold(f"{name}.norm1", block.norm1, _queries(block.attn1))
         yield _value_fold(f"{name}.attn1", block.attn1)
         if block.attn2 is not None:
             own = _queries(block.attn2) if block.attn2.cross_attention_dim is None else (block.attn2.to_q,)
-            yield Fold(f"{name}.norm2", own, lambda r: divide_affine(block.norm2, r))
+            yield _affine_fold(f"{name}.norm2", block.norm2, own)
             yield _value_fold(f"{name}.attn2", block.attn2)
-        yield Fold(f"{name}.norm3", _first(block), lambda r: divide_affine(block.norm3, r))
+        yield _affine_fold(f"{name}.norm3", block.norm3, _first(block))
     if isinstance(block.ff.net[0], GEGLU | SwiGLU):
         gated = block.ff.net[0].proj  # its first half is multiplied by the activated second half
         yield Fold(f"{name}.ff.net.2", (block.ff.net[2],), lambda r: divide_rows(gated, r))
@@ -106,16 +119,44 @@ def _first(block: BasicTransformerBlock) -> tuple[Any, ...]:
     return (block.ff.net[0].proj,)
 
 
+def _affine_fold(name: str, norm: Any, consumers: tuple[Any, ...]) -> Fold:
+    return Fold(
+        name, consumers, partial(divide_affine, norm), None if norm.bias is None else partial(subtract_bias, norm)
+    )
+
+
+def _modulated_fold(name: str, linear: nn.Linear, consumers: tuple[Any, ...], *, shift: int, scale: int) -> Fold:
+    first = shift * linear.out_features // 6
+    return Fold(
+        name,
+        consumers,
+        partial(divide_modulation, linear, shift=shift, scale=scale),
+        partial(subtract_bias, linear, first=first),
+    )
+
+
 def _value_fold(name: str, attention: Attention) -> Fold:
-    return Fold(f"{name}.to_out", (attention.to_out[0],), lambda r: divide_rows(attention.to_v, r))
+    """The weights of an attention sum to one, so that a shift of all values shifts its output."""
+    value = attention.to_v
+    subtract = None if value.bias is None else partial(subtract_bias, value)
+    return Fold(f"{name}.to_out", (attention.to_out[0],), partial(divide_rows, value), subtract)
 
 
 @torch.no_grad()
-def apply_fold(fold: Fold, r: Tensor) -> None:
-    """Divide the tensor's channels by r > 0 where it is made, multiply its consumers' input channels: same function."""
+def apply_fold(fold: Fold, r: Tensor, b: Tensor | None = None) -> None:
+    """X' = x / r - b where the tensor is made, W' = W diag(r) and bias' = bias + W' b in its consumers: same function.
+
+    r > 0; a shift b only where `Fold.shifts`. Both: [channels].
+    """
     if not bool((r > 0).all()):
         raise ValueError(f"{fold.name}: every factor must be positive; the smallest is {float(r.min())}")
+    if b is not None and not fold.shifts:
+        raise ValueError(f"{fold.name}: a shift cannot be folded here; allowed: None")
     for consumer in fold.consumers:
         weight = consumer.weight
         weight.mul_(r.reshape(1, -1, *[1] * (weight.ndim - 2)).to(weight.dtype))
+        if b is not None:
+            consumer.bias.add_(weight.flatten(1) @ b.to(weight.dtype))
     fold.divide(r)
+    if b is not None and fold.subtract is not None:
+        fold.subtract(b)

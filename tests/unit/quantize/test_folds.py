@@ -42,6 +42,38 @@ def test_all_folds_together_are_exact(family, request, first_call, relative):
     assert len(changed) > 2 * len(find_folds(generator.denoiser))  # each has a consumer and a producer
 
 
+def shifts(fold, seed=0):
+    return torch.randn(fold.channels, generator=torch.Generator().manual_seed(seed + 100))
+
+
+def test_where_a_shift_can_be_folded(dit, sd):
+    assert all(fold.shifts for fold in find_folds(dit.denoiser))
+    carrying = {fold.name.split(".")[-1] for fold in find_folds(sd.denoiser) if fold.shifts}
+    assert carrying == {"norm", "norm3"}  # queries, keys and values have no bias, and a gate would scale the shift
+
+
+@pytest.mark.parametrize("family", ["dit", "sd"])
+def test_shifts_are_exact(family, request, first_call, relative):
+    generator = request.getfixturevalue(family)
+    before, call = first_call(generator)
+    folds = [fold for fold in find_folds(generator.denoiser) if fold.shifts]
+    for seed, fold in enumerate(folds):
+        apply_fold(fold, factors(fold, seed), shifts(fold, seed))
+    assert relative(first_call(generator, call)[0], before) < EXACT
+    for fold in folds:
+        for half in (replace(fold, subtract=lambda b: None), replace(fold, consumers=())):
+            weights = copy.deepcopy(generator.denoiser.state_dict())
+            apply_fold(half, torch.ones(fold.channels), shifts(fold))
+            assert relative(first_call(generator, call)[0], before) > 10 * EXACT, fold.name
+            generator.denoiser.load_state_dict(weights)
+
+
+def test_a_shift_that_cannot_be_folded_is_refused(sd):
+    fold = next(fold for fold in find_folds(sd.denoiser) if not fold.shifts)
+    with pytest.raises(ValueError, match="a shift cannot be folded here"):
+        apply_fold(fold, factors(fold), shifts(fold))
+
+
 @pytest.mark.parametrize("family", ["dit", "sd"])
 def test_half_a_fold_is_not(family, request, first_call, relative):
     generator = request.getfixturevalue(family)

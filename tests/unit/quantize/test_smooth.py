@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.quantize.folds import apply_fold, find_folds
+from diffpress.quantize.folds import find_folds
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation, quantized
 from diffpress.quantize.observers import Histogram, choose_range
@@ -94,15 +94,6 @@ def test_equal_ranks_make_saliency_the_mean_of_maxima():
     torch.testing.assert_close(still.peak, calls[0][0])
 
 
-def plant_outliers(generator, factor=50.0):
-    """Every third channel of what the norms give is ``factor`` times larger, and its weights that much smaller."""
-    for fold in find_folds(generator.denoiser):
-        if "norm" in fold.name:
-            r = torch.ones(fold.consumers[0].weight.shape[1])
-            r[1::3] = 1 / factor
-            apply_fold(fold, r)
-
-
 def int8_error(generator, context, first_call, relative, *, smooth):
     """Relative error of the first denoiser call: float against 8 bits."""
     expected, call = first_call(generator)
@@ -117,14 +108,14 @@ def int8_error(generator, context, first_call, relative, *, smooth):
     ("family", "settings"),
     [("dit", {"alpha": 0.5}), ("dit", {}), ("dit", {"importance": "saliency"}), ("sd", {})],
 )
-def test_planted_outliers_are_smoothed_away(family, settings, request, context, first_call, relative):
+def test_planted_outliers_are_smoothed_away(family, settings, request, plant, context, first_call, relative):
     folder = request.getfixturevalue(f"{family}_folder")
     errors = {}
     for planted in (True, False):
         for smooth in (settings, None):
             generator = Generator.load(folder)
             if planted:
-                plant_outliers(generator)
+                plant(generator)
             errors[planted, smooth is not None] = int8_error(generator, context, first_call, relative, smooth=smooth)
     assert errors[True, False] > 3 * errors[True, True], errors
     assert errors[False, False] < 3 * errors[False, True], errors  # without outliers there is little to gain
