@@ -1,0 +1,191 @@
+"""Activation-aware scales and clips: never worse than the nearest codes, exact where they fold."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from diffpress.quantize.awq import (
+    EXPONENTS,
+    MAX_ROWS,
+    UNCLIPPED,
+    Rows,
+    balance,
+    best_clip,
+    best_scales,
+    channel_scales,
+    clip_ratios,
+    dequantized,
+    find_text_folds,
+    relative_error,
+    watching,
+)
+from diffpress.quantize.folds import apply_fold, find_folds
+from diffpress.quantize.weight_only import Form, group_codes, weight_only
+
+FOUR = Form("tensorrt", 4, 32)
+EXACT = 1e-4  # relative: float32 up to association
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def outliers():
+    """Rows [256, 64] whose every eighth channel is 30 times larger, and a weight [48, 64]."""
+    x = random(256, 64)
+    x[:, ::8] *= 30
+    return x, random(48, 64, seed=1)
+
+
+def output_error(weight, quantized, x):
+    return float((x @ (quantized - weight).T).norm() / (x @ weight.T).norm())
+
+
+def test_scales_closed_form():
+    x = torch.tensor([[1.0, -8.0, 0.0, 2.0], [3.0, 8.0, 0.0, -2.0]])  # mean |x| = 2, 8, 0, 2
+    expected = torch.tensor([0.5**0.5, 2**0.5, 1.0, 0.5**0.5])  # s^0.5 over the root of max min
+    torch.testing.assert_close(channel_scales(x, 0.5), expected)
+    assert torch.equal(channel_scales(x, 0.0), torch.ones(4))
+    assert torch.equal(channel_scales(torch.zeros(2, 3), 0.5), torch.ones(3))
+
+
+def test_exponent_zero_is_the_nearest_code(outliers):
+    x, weight = outliers
+    assert EXPONENTS[0] == 0
+    s = channel_scales(x, 0.0)
+    assert torch.equal(group_codes(weight * s, bits=4, group=32)[0], group_codes(weight, bits=4, group=32)[0])
+    other = channel_scales(x, 0.5)
+    assert not torch.equal(group_codes(weight * other, bits=4, group=32)[0], group_codes(weight, bits=4, group=32)[0])
+
+
+def test_selected_scales_are_never_worse_and_win_on_outliers(outliers):
+    x, weight = outliers
+    for rows, gain in ((x, 0.7), (random(256, 64, seed=2), 1.0)):
+        s = best_scales(rows, [weight], FOUR)
+        chosen, nearest = (
+            output_error(weight, quantized, rows)
+            for quantized in (dequantized(weight * s, FOUR) / s, dequantized(weight, FOUR))
+        )
+        assert chosen <= gain * nearest
+    wrong = best_scales(x, [weight], FOUR).roll(1)  # of the channel beside
+    assert output_error(weight, dequantized(weight * wrong, FOUR) / wrong, x) > output_error(
+        weight, dequantized(weight, FOUR), x
+    )
+
+
+def test_clip_finds_the_lone_large_weight():
+    x, weight = random(256, 64), 0.1 * random(48, 64, seed=1).clamp(-2, 2)
+    weight[0, 5] = 0.32  # a little beyond the rest of its group, on a channel that carries nothing
+    x[:, 5] = 0
+    ratios = clip_ratios(weight, x, FOUR)
+    assert ratios.shape == (48, 2)
+    assert float(ratios[0, 0]) < 0.8
+    assert bool(((ratios >= 0.5) & (ratios <= 1)).all())
+    nearest, clipped = (output_error(weight, dequantized(weight, FOUR, clip=clip), x) for clip in (1.0, ratios))
+    assert clipped < nearest
+
+
+def test_selected_clip_is_never_worse(outliers):
+    x, weight = outliers
+    layer = nn.Linear(64, 48)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    for form in (FOUR, Form("tensorrt", 4, 64), Form("tensorrt", 8, None)):
+        chosen = dequantized(weight, form, clip=best_clip("net.ff", layer, x, form))
+        assert output_error(weight, chosen, x) <= output_error(weight, dequantized(weight, form), x)
+    for name in ("blocks.0.attn.to_q", "layers.1.self_attn.k_proj", "block.0.SelfAttention.q"):
+        assert best_clip(name, layer, x, FOUR) == 1.0, UNCLIPPED
+    assert isinstance(best_clip("blocks.0.attn.to_v", layer, x, FOUR), torch.Tensor)
+
+
+def test_rows_are_spread_over_the_whole_stream():
+    rows, steps, size = Rows(), 70, 50
+    for step in range(steps):
+        rows.update((step * size + torch.arange(size).float())[None, :, None].expand(1, size, 3))
+    kept = rows.tensor()[:, 0]
+    assert MAX_ROWS / 2 < len(kept) <= MAX_ROWS
+    assert kept[0] == 0
+    assert len(set((kept[1:] - kept[:-1]).tolist())) == 1  # evenly
+    assert kept[-1] > 0.99 * steps * size - 10
+    indices = Rows()
+    indices.update(torch.tensor([[3, 1], [4, 1]]))
+    assert indices.tensor().tolist() == [3, 1, 4, 1]
+
+
+def test_relative_error_of_a_known_twin():
+    layer, twin, seen = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), Rows()
+    seen.update(random(10, 4))
+    with torch.no_grad():
+        twin.weight.copy_(1.25 * layer.weight)
+    assert relative_error(twin, layer, seen) == pytest.approx(0.25, rel=1e-5)
+
+
+def make_t5(gated):
+    torch.manual_seed(0)
+    kind = "gated-gelu" if gated else "relu"
+    sizes = {"vocab_size": 40, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    return T5EncoderModel(T5Config(**sizes, feed_forward_proj=kind)).eval()
+
+
+@torch.no_grad()
+def encode(model):
+    ids = torch.arange(24).reshape(2, 12)
+    return model(ids).last_hidden_state
+
+
+@pytest.mark.parametrize(("kind", "count"), [("clip", 3), ("gated", 8), ("plain", 6)])
+def test_text_folds_are_exact_and_half_a_fold_is_not(kind, count, sd, relative):
+    model = sd.pipeline.text_encoder if kind == "clip" else make_t5(kind == "gated")
+    folds, before = find_text_folds(model), encode(model)
+    assert len(folds) == count
+    for seed, fold in enumerate(folds):
+        apply_fold(fold, torch.exp(0.7 * random(fold.consumers[0].weight.shape[1], seed=seed)))
+    assert relative(encode(model), before) < EXACT
+    with torch.no_grad():
+        folds[-1].divide(torch.full((folds[-1].consumers[0].weight.shape[1],), 2.0))
+    assert relative(encode(model), before) > 10 * EXACT
+
+
+def test_denoisers_have_no_text_folds(dit, sd):
+    assert not find_text_folds(dit.denoiser)
+    assert not find_text_folds(sd.denoiser)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_balancing_keeps_the_function_and_lowers_the_error(bits, relative):
+    model, errors = make_t5(gated=True), {}
+    with torch.no_grad():
+        for fold in find_text_folds(model):  # planted outliers: every eighth channel 20 times larger
+            r = torch.ones(fold.consumers[0].weight.shape[1])
+            r[::8] = 1 / 20
+            apply_fold(fold, r)
+    before, form = encode(model), Form("tensorrt", bits, 32)
+    for balanced in (False, True):
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        with watching(layers) as seen:
+            encode(model)
+        if balanced:
+            balance(find_text_folds(model), layers, seen, form)
+            assert relative(encode(model), before) < EXACT
+            for name, layer in layers.items():  # the rows that were seen follow the fold
+                rows = seen[name].tensor()
+                with watching({name: layer}) as again:
+                    encode(model)
+                torch.testing.assert_close(rows, again[name].tensor(), rtol=1e-3, atol=1e-4)
+        errors[balanced] = sum(
+            relative_error(weight_only(layer, form), layer, seen[name]) for name, layer in layers.items()
+        )
+    assert errors[True] < 0.7 * errors[False]
+
+
+def test_folds_with_a_reader_that_stays_float_are_left_alone(dit):
+    fold, rows = find_folds(dit.denoiser)[0], Rows()
+    rows.update(random(20, 16) * torch.logspace(-2, 2, 16))
+    readers = dict(zip("qkv", fold.consumers, strict=True))
+    seen, form, before = dict.fromkeys("qkv", rows), Form("tensorrt", 4, 16), readers["q"].weight.detach().clone()
+    balance([fold], {"q": readers["q"]}, seen, form)
+    assert torch.equal(readers["q"].weight, before)
+    balance([fold], readers, seen, form)
+    assert not torch.equal(readers["q"].weight, before)
