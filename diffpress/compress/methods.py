@@ -1,12 +1,14 @@
 """The methods table: every stage a recipe can name."""
 
 from diffpress.quantize.int8 import Int8
+from diffpress.quantize.reparam import Reparam
 from diffpress.quantize.smooth import Smooth
 from diffpress.quantize.weights import Weights
 from diffpress.stage import Stage
 
 METHODS: dict[str, type[Stage]] = {
     "quantize.int8": Int8,
+    "quantize.reparam": Reparam,
     "quantize.smooth": Smooth,
     "quantize.weights": Weights,
 }
