@@ -6,6 +6,8 @@ ours, 130 stopped with Ctrl-C.
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 import traceback
@@ -15,6 +17,7 @@ from diffpress import __version__
 from diffpress.errors import ConfigError, DiffpressError, InfrastructureError
 
 _BUG, _STOPPED = 70, 130
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _GLOBAL = ("--debug", "--quiet", "-q")
 
 
@@ -94,8 +97,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         return what, InfrastructureError.exit_code
-    if "No space left on device" in str(error):  # some libraries wrap the operating system's error in their own
-        return f"no space left on device: {error}", InfrastructureError.exit_code
+    wrapped = _OS_ERROR.search(str(error))  # Rust libraries, as safetensors, wrap it in an error of their own
+    if wrapped is not None:
+        return f"{os.strerror(int(wrapped[1]))}: {error}", InfrastructureError.exit_code
     name = type(error).__name__
     return f"a bug of diffpress: {name}: {error}\nRun it again with --debug and report the traceback.", _BUG
 

@@ -6,72 +6,21 @@ import json
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tiny import fill_zeros, make_autoencoder, make_scheduler, make_text_encoder, make_tokenizer
 
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.stage import Context
 from diffpress.targets import TARGETS
 
 SHORT = SamplingPlan(steps=3, guidance_scale=3.0)
-
-
-@torch.no_grad()
-def fill_zeros(module, std=0.1):
-    """Nothing stays at its zero initialization (adaLN, last layers, biases): every path then carries signal."""
-    for parameter in module.parameters():
-        if not parameter.any():
-            parameter.normal_(std=std)
-    return module.eval()
-
-
-def make_autoencoder():
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        sample_size=16,
-    )
-
-
-def make_scheduler():
-    return DPMSolverMultistepScheduler(prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1)
-
-
-def make_tokenizer():
-    """CLIP's layout without merges: one token for each byte."""
-    letters = [chr(code) for code in range(33, 127)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=12)
-
-
-def make_text_encoder(tokenizer):
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            projection_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
 
 
 @pytest.fixture(scope="session")

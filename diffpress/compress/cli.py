@@ -87,8 +87,11 @@ def ls(
     from diffpress.targets import TARGETS
 
     _print_table(("recipe", "what it does"), ((name, recipe_summary(file)) for name, file in shipped_recipes().items()))
-    _print_table(("method", "what it does"), ((name, _first_line(cls)) for name, cls in sorted(_methods().items())))
-    _print_table(("target", "activations"), ((name, _codes(target)) for name, target in TARGETS.items()))
+    _print_table(("method", "what it does"), ((name, _summary(cls)) for name, cls in sorted(_methods().items())))
+    _print_table(
+        ("target", "8-bit activations", "here"), ((name, _codes(TARGETS[name]), _here(name)) for name in TARGETS)
+    )
+    _out.print("To change a recipe: diffpress cp RECIPE. To see all of its settings: diffpress validate RECIPE.")
 
 
 @app.command()
@@ -326,6 +329,7 @@ def _print_latency(rows: Iterable[Latency]) -> None:
 
 def _print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     table = Table(*columns, box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    table.columns[0].no_wrap, table.columns[0].min_width = True, 17
     for row in rows:
         table.add_row(*row)
     _out.print(table)
@@ -342,13 +346,24 @@ def _configs() -> dict[str, type]:
     return {name: stage.Config for name, stage in _methods().items()}
 
 
-def _first_line(cls: type) -> str:
-    return (cls.__doc__ or "").strip().partition("\n")[0]
+def _summary(cls: type) -> str:
+    """First line of the docstring, without the method's own name, as a sentence."""
+    line = (cls.__doc__ or "").strip().partition("\n")[0].rpartition("``: ")[2]
+    return line[:1].upper() + line[1:]
 
 
 def _codes(target: Any) -> str:
     kind = "symmetric" if target.symmetric else "with zero point"
-    return f"8 bits from {target.activation_low} to {target.activation_high}, {kind}"
+    return f"{target.activation_low} to {target.activation_high}, {kind}"
+
+
+def _here(target: str) -> str:
+    """Whether the run-time is installed, or how to get it."""
+    from importlib.util import find_spec
+
+    if find_spec(target) is not None:
+        return "installed"
+    return f"not installed: pip install 'diffpress\\[{'gpu' if target == 'tensorrt' else target}]'"
 
 
 def _progress() -> RichProgress:

@@ -18,7 +18,7 @@ from diffpress.compress.report import Metric, PairedMetric
 from diffpress.errors import ConfigError
 from diffpress.eval.extractors import Extractor, load_extractor
 from diffpress.eval.features import Features, extract, load_reference, save_features
-from diffpress.eval.fidelity import psnr, relative_error, ssim
+from diffpress.eval.fidelity import check_lpips, lpips, psnr, relative_error, ssim
 from diffpress.eval.replicates import (
     density_coverage_replicates,
     frechet_replicates,
@@ -109,9 +109,11 @@ def _local(name: str) -> str:
 
 
 def check_evaluation(recipe: Recipe) -> None:
-    """Raises ConfigError, before any work, for a reference or an extractor that is not there."""
+    """Raises ConfigError, before any work, for a reference, an extractor or LPIPS weights that are not there."""
     if recipe.evaluate.features is not None:
         _extractor(recipe)
+    if recipe.evaluate.lpips is not None:
+        check_lpips(_local(recipe.evaluate.lpips))
     reference = recipe.evaluate.reference
     if reference is not None and find_path(reference.partition("#")[0]) is None:
         raise ConfigError(
@@ -136,8 +138,8 @@ def quality_metrics(path: Path) -> tuple[Metric, ...]:
     return tuple(rows)
 
 
-def paired_metrics(original: Samples, engine: Samples) -> tuple[PairedMetric, ...]:
-    """Picture by picture, from the same noise: latent error, PSNR, SSIM."""
+def paired_metrics(original: Samples, engine: Samples, *, lpips_weights: str | None = None) -> tuple[PairedMetric, ...]:
+    """Picture by picture, from the same noise: latent error, PSNR, SSIM, and LPIPS where its weights are given."""
     rows = []
     if original.latents is not None and engine.latents is not None:
         rows.append(
@@ -147,6 +149,9 @@ def paired_metrics(original: Samples, engine: Samples) -> tuple[PairedMetric, ..
         )
     rows.append(paired_metric("psnr", psnr(original.images, engine.images, data_range=255)))
     rows.append(paired_metric("ssim", ssim(original.images, engine.images, data_range=255)))
+    if lpips_weights is not None:
+        values = lpips(original.images, engine.images, weights=_local(lpips_weights))
+        rows.append(paired_metric("lpips", values))
     return tuple(rows)
 
 

@@ -64,6 +64,8 @@ class Evaluate:
     """Feature extractor for the distribution metrics: a folder or hub id, ``inception``, or ``module:package.module:attribute``; null: no such metrics."""  # noqa: E501
     reference: str | None = None
     """What both models are measured against: a features file (``file#name`` picks a part) or a folder of images; null: the original's own samples from other seeds."""  # noqa: E501
+    lpips: str | None = None
+    """File of torchvision's AlexNet weights, for LPIPS between pictures from the same noise (package ``lpips``); null: no LPIPS."""  # noqa: E501
     baselines: Annotated[tuple[Baseline, ...], Field(min_length=1)] = ("eager", "medium", "compiled")
     """Stock diffusers runs beside the engine: eager fp32, matmul precision medium, torch.compile in bf16."""
     latency_rounds: Annotated[int, Field(ge=3)] = 20

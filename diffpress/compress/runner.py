@@ -164,7 +164,8 @@ class Run:
             name: evaluation.read_samples(directory / f"evaluation/{name}.safetensors")
             for name in ("original", "engine")
         }
-        paired = evaluation.paired_metrics(pictures["original"], pictures["engine"])
+        weights = recipe.evaluate.lpips
+        paired = evaluation.paired_metrics(pictures["original"], pictures["engine"], lpips_weights=weights)
         latency = self._latency(engine, engine_hash)
         report = assemble(self, Found(quality, paired, latency, preprocessing, started))
         conditions = evaluation.conditions_of(recipe, self.original, recipe.evaluate.samples)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
+_LPIPS_WEIGHTS = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
+"""Files of torchvision's ImageNet weights, by backbone."""
+_LPIPS_PIXELS = 32
 PSNR_CEILING = 100.0
 """dB given to images that do not differ, so that means stay finite."""
 _WINDOW_RADIUS = 5
@@ -98,11 +101,12 @@ def lpips(
     weights.
     Source: Zhang et al. 2018, eq. 1.
     """
-    if net not in ("alex", "vgg"):
-        raise ConfigError(f"net is {net!r}; allowed: alex, vgg")
+    check_lpips(weights, net=net)
     if original.dtype != np.uint8 or candidate.dtype != np.uint8:
         raise ConfigError(f"images are {original.dtype} and {candidate.dtype}; LPIPS needs uint8")
     _check_shapes(original.shape, candidate.shape)
+    if min(original.shape[1:3]) < _LPIPS_PIXELS:
+        raise ConfigError(f"images have the shape {original.shape}; LPIPS needs at least {_LPIPS_PIXELS} pixels a side")
     network = _lpips_network(net, Path(weights).expanduser())
     values = []
     for start in range(0, len(original), batch_size):
@@ -119,15 +123,26 @@ def _lpips_pixels(images: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0)
 
 
+def check_lpips(weights: str | Path, *, net: str = "alex") -> None:
+    """Raise what `lpips` would, before any work: without the package, for an unknown net, or a missing file."""
+    import importlib.util
+
+    if net not in _LPIPS_WEIGHTS:
+        raise ConfigError(f"net is {net!r}; allowed: {', '.join(_LPIPS_WEIGHTS)}")
+    if importlib.util.find_spec("lpips") is None:
+        raise MissingDependencyError("lpips", "lpips", "LPIPS")
+    if not Path(weights).expanduser().is_file():
+        raise ConfigError(
+            f"the {net} weights for LPIPS are not at {weights}, and nothing is downloaded for you: "
+            f"get https://download.pytorch.org/models/{_LPIPS_WEIGHTS[net]} and give its path"
+        )
+
+
 def _lpips_network(net: str, weights: Path) -> Any:
     import pickle
 
-    try:
-        from lpips import LPIPS
-    except ImportError as error:
-        raise MissingDependencyError("lpips", "lpips", "LPIPS") from error
-    if not weights.is_file():
-        raise ConfigError(f"the {net} weights for LPIPS are not at {weights}; nothing is downloaded for you")
+    from lpips import LPIPS
+
     network = LPIPS(net=net, pnet_rand=True, verbose=False).eval()  # the backbone's weights follow
     try:
         stored = torch.load(weights, map_location="cpu", weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from diffpress.compress import evaluation
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.recipe import Recipe
-from diffpress.errors import ConfigError
+from diffpress.errors import ConfigError, MissingDependencyError
 from diffpress.eval.distances import precision_recall
 from diffpress.eval.features import Features, save_features
+from diffpress.generator import Samples
 from diffpress.progress import SILENT
 
 
@@ -48,11 +50,21 @@ def test_pictures_of_a_pipeline_are_contiguous(dit) -> None:
 
 
 def test_a_missing_reference_is_found_before_any_work(recipe: Recipe) -> None:
-    import dataclasses
-
     wrong = dataclasses.replace(recipe.evaluate, reference="nowhere.safetensors")
     with pytest.raises(ConfigError, match=r"nowhere\.safetensors"):
         evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=wrong))
+
+
+def test_lpips_has_a_row_where_its_weights_are_given(recipe: Recipe, monkeypatch) -> None:
+    given = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, lpips="alex.pth"))
+    with pytest.raises((ConfigError, MissingDependencyError), match=r"LPIPS"):
+        evaluation.check_evaluation(given)
+    samples = Samples(np.zeros((3, 32, 32, 3), dtype=np.uint8), None)
+    monkeypatch.setattr(evaluation, "lpips", lambda a, b, weights: np.array([0.1, 0.2, 0.3]))
+    rows = evaluation.paired_metrics(samples, samples, lpips_weights="alex.pth")
+    assert [row.name for row in rows] == ["psnr", "ssim", "lpips"]
+    assert rows[-1].mean.value == pytest.approx(0.2)
+    assert "lpips" not in [row.name for row in evaluation.paired_metrics(samples, samples)]
 
 
 def test_every_distance_has_a_row_with_intervals(tmp_path: Path) -> None:

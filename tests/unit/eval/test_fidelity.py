@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,7 +79,6 @@ def test_relative_error_of_a_scaled_sample():
         (lambda a: ssim(a[0], a[0], data_range=1), "11 x 11"),
         (lambda a: relative_error(a * 0, a), "all zero"),
         (lambda a: psnr(a[:0], a[:0], data_range=1), "at least 1"),
-        (lambda a: lpips(a, a, weights="w.pth"), "needs uint8"),
         (lambda a: lpips(a, a, weights="w.pth", net="squeeze"), "allowed: alex, vgg"),
     ],
 )
@@ -85,43 +87,93 @@ def test_bad_input_is_named(call, words):
         call(np.ones((2, 16, 16, 3)))
 
 
-class _Backbone(torch.nn.Module):
-    """Layers named as in the package lpips: ``slice<k>.<index in torchvision's features>``."""
+def alexnet_features():
+    """The convolutional part of torchvision's AlexNet, by the numbers of the paper."""
+    nn = torch.nn
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+    ).eval()
 
-    def __init__(self):
-        super().__init__()
-        self.slice1 = torch.nn.Sequential()
-        self.slice1.add_module("0", torch.nn.Conv2d(3, 2, 1))
 
+@pytest.fixture
+def package(monkeypatch):
+    """torchmetrics' port of the package, under the package's name; its linear layers are the published ones."""
+    port = pytest.importorskip("torchmetrics.functional.image.lpips")
+    monkeypatch.setattr(port, "_get_tv_model_features", lambda net, pretrained: alexnet_features())
+    module = types.ModuleType("lpips")
+    module.__spec__ = importlib.machinery.ModuleSpec("lpips", None)
 
-class _Package(torch.nn.Module):
-    def __init__(self, *, net, pnet_rand, verbose):
-        super().__init__()
+    def make(*, net, pnet_rand, verbose):
         assert pnet_rand  # else the package downloads
-        self.net = _Backbone()
+        return port._LPIPS(net=net, pnet_rand=pnet_rand)
 
-    def forward(self, a, b):
-        return (self.net.slice1(a) - self.net.slice1(b)).square().mean(dim=(1, 2, 3), keepdim=True)
+    module.LPIPS = make
+    monkeypatch.setitem(sys.modules, "lpips", module)
+    return Path(port.__file__).parent / "lpips_models" / "alex.pth"
 
 
-def test_lpips_gives_the_package_the_users_backbone(pair, monkeypatch, tmp_path):
-    a, b = pair
-    path = tmp_path / "alex.pth"
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(MissingDependencyError, match=r"diffpress\[lpips\]"):
-        lpips(a, b, weights=path)
-    package = types.ModuleType("lpips")
-    package.LPIPS = _Package
-    monkeypatch.setitem(sys.modules, "lpips", package)
-    with pytest.raises(ConfigError, match="nothing is downloaded"):
-        lpips(a, b, weights=path)
-    torch.save({"features.3.weight": torch.ones(1)}, path)
-    with pytest.raises(CheckpointError, match="weights of alex"):
-        lpips(a, b, weights=path)
-    torch.save({"features.0.weight": torch.ones(2, 3, 1, 1), "features.0.bias": torch.zeros(2)}, path)
+@pytest.fixture
+def backbone(tmp_path):
+    """(random AlexNet, its file in torchvision's layout)."""
+    torch.manual_seed(0)
+    features = alexnet_features()
+    path = tmp_path / "alexnet.pth"
+    torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, path)
+    return features, path
+
+
+@torch.no_grad()
+def lpips_by_its_formula(a, b, features, linear):
+    """Zhang et al. 2018, eq. 1: ImageNet-normalised input, five unit-length features, weighted squared differences."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    found = []
+    for images in (a, b):
+        x = ((torch.from_numpy(images).float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        layers = []
+        for layer in features:
+            x = layer(x)
+            if isinstance(layer, torch.nn.ReLU):
+                layers.append(x / x.norm(dim=1, keepdim=True))
+        found.append(layers)
+    weights = [linear[f"lin{index}.model.1.weight"] for index in range(5)]
+    parts = [(w * (x - y).square()).sum(1).mean((1, 2)) for w, x, y in zip(weights, *found, strict=True)]
+    return sum(parts).numpy()
+
+
+def test_lpips_is_its_formula(package, backbone):
+    random = np.random.default_rng(1)
+    a = random.integers(0, 256, size=(3, 64, 48, 3)).astype(np.uint8)
+    b = np.clip(a + random.normal(scale=[[[[4]]], [[[12]]], [[[60]]]], size=a.shape), 0, 255).astype(np.uint8)
+    features, path = backbone
+    linear = torch.load(package, map_location="cpu", weights_only=True)
     calls = []
     values = lpips(a, b, weights=path, batch_size=2, progress=lambda done, total: calls.append((done, total)))
-    difference = (a.astype(np.float64) - b).sum(axis=3) / 127.5
-    np.testing.assert_allclose(values, np.square(difference).mean(axis=(1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(values, lpips_by_its_formula(a, b, features, linear), rtol=5e-3)
+    assert (np.diff(values) > 0).all()
     assert calls == [(2, 3), (3, 3)]
     np.testing.assert_array_equal(lpips(a, a, weights=path), 0)
+    torch.manual_seed(1)
+    assert np.abs(values / lpips_by_its_formula(a, b, alexnet_features(), linear) - 1).max() > 0.01  # control
+
+
+def test_lpips_says_what_it_needs(package, backbone, monkeypatch, tmp_path):
+    _, path = backbone
+    images = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+    for call, words in (
+        (lambda: lpips(images, images, weights=tmp_path / "none.pth"), "nothing is downloaded.*alexnet-owt"),
+        (lambda: lpips(images.astype(float), images, weights=path), "needs uint8"),
+        (lambda: lpips(images[:, :16], images[:, :16], weights=path), "at least 32 pixels"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            call()
+    torch.save({"features.3.weight": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="weights of alex"):
+        lpips(images, images, weights=path)
+    monkeypatch.delitem(sys.modules, "lpips")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"diffpress\[lpips\]"):
+        lpips(images, images, weights=path)

@@ -1,0 +1,74 @@
+"""The smallest random networks and tokenizers that stock pipelines are made of."""
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+
+@torch.no_grad()
+def fill_zeros(module, std=0.1):
+    """Nothing stays at its zero initialization (adaLN, last layers, biases): every path then carries signal."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter.normal_(std=std)
+    return module.eval()
+
+
+def make_autoencoder(**changes):
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        sample_size=16,
+        **changes,
+    )
+
+
+def make_scheduler():
+    return DPMSolverMultistepScheduler(prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1)
+
+
+def make_tokenizer():
+    """CLIP's layout without merges: one token for each byte."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=12)
+
+
+def make_text_encoder(tokenizer, kind=CLIPTextModel, **changes):
+    """CLIP's, or with ``kind`` CLIPTextModelWithProjection the one with a projection."""
+    settings = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    settings.update(changes)
+    return kind(settings)
+
+
+def make_t5_tokenizer():
+    """T5's layout: one token for each letter."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(chr(code) for code in range(33, 127))]
+    return T5Tokenizer(vocab=[(piece, -float(min(index, 4))) for index, piece in enumerate(pieces)], extra_ids=0)
+
+
+def make_t5_encoder(tokenizer):
+    settings = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5EncoderModel(settings)
