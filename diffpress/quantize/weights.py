@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from diffpress.config import config
@@ -21,6 +21,7 @@ from diffpress.targets import Target
 
 Component = Literal["denoiser", "text_encoder", "text_encoder_2", "text_encoder_3"]
 GROUPED = ("onnxruntime", "openvino")  # run-times that read MatMulNBits
+LAST = ("proj_out*",)  # little to save, and its error goes straight to the output
 TEXT_STEPS = 2  # a text encoder sees the same prompts whatever the schedule
 
 
@@ -32,8 +33,8 @@ class WeightsConfig:
     """Bits of a weight; embedding tables take 8 in any case."""
     group: Literal[32, 64, 128] | None = None
     """Input channels that share a scale; null: one scale for each output channel."""
-    layers: tuple[str, ...] = ("*",)
-    """Linear and Embedding layers to quantize: names in the component, with * as wildcard. What another stage has quantized stays as it is."""  # noqa: E501
+    layers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Linear and Embedding layers to quantize: names in the component, with * as wildcard; null: all but the last projection. What another stage has quantized stays as it is."""  # noqa: E501
     skip: tuple[str, ...] = ()
     """Layers to leave in float all the same: names in the component, with * as wildcard."""
     awq: bool = False
@@ -58,12 +59,12 @@ class Weights:
 
     def layers(self, component: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
         """The layers this config quantizes, by name; one that is used in several places has its first name."""
+        wanted, unwanted = self.config.layers or ("*",), self.config.skip
+        unwanted = unwanted if self.config.layers else (*unwanted, *LAST)
         return {
             name: module
             for name, module in component.named_modules()
-            if isinstance(module, nn.Linear | nn.Embedding)
-            and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.layers)
-            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.config.skip)
+            if isinstance(module, nn.Linear | nn.Embedding) and _matches(name, wanted) and not _matches(name, unwanted)
         }
 
     def check(self, generator: Generator, target: Target) -> None:
@@ -76,8 +77,8 @@ class Weights:
             )
         known = [name for name, module in component.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
         for field in ("layers", "skip"):
-            for pattern in getattr(self.config, field):
-                if pattern != "*" and not fnmatch.filter(known, pattern):
+            for pattern in getattr(self.config, field) or ():
+                if not fnmatch.filter(known, pattern):
                     raise ConfigError(
                         f"quantize.weights: {field} {pattern!r} matches no Linear or Embedding in float of "
                         f"{type(component).__name__}"
@@ -141,6 +142,10 @@ class Weights:
                     f"quantize.weights: layer {name} is {list(layer.weight.shape)}, but the artifact has {shape}"
                 )
             replace(generator.denoiser, layer, weight_only(layer, form))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def find_component(generator: Generator, name: str) -> nn.Module:

@@ -9,8 +9,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from diffpress.artifact import load_weights, save_weights
-from diffpress.errors import ArtifactError, ConfigError
+from diffpress.errors import ArtifactError, ConfigError, ParityError
 from diffpress.export.build import export
+from diffpress.export.components import Flat, find_components
+from diffpress.export.graph import export_graph
+from diffpress.export.parity import compare
+from diffpress.export.session import open_session
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator
 from diffpress.quantize.int8 import Int8, Int8Config
@@ -29,15 +33,19 @@ def test_takes_what_int8_leaves(dit, context):
     expected = {f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in (*left, tables)}
     Int8(Int8Config()).apply(dit, context(dit))
     stage = Weights(WeightsConfig())
-    assert set(stage.layers(dit.denoiser)) == expected | {"proj_out_1", "proj_out_2"}
-    assert set(Weights(WeightsConfig(skip=("proj_out*",))).layers(dit.denoiser)) == expected
+    assert set(stage.layers(dit.denoiser)) == expected
+    everything = Weights(WeightsConfig(layers=("*",))).layers(dit.denoiser)
+    assert set(everything) == expected | {"proj_out_1", "proj_out_2"}
+    assert set(Weights(WeightsConfig(skip=("*.1.*",))).layers(dit.denoiser)) == {n for n in expected if ".1." not in n}
     stage.check(dit, ONNXRUNTIME)
     applied = stage.apply(dit, context(dit))
-    assert "10 layers in 8 bits" in applied.summary
-    assert not any(isinstance(module, nn.Linear | nn.Embedding) for module in dit.denoiser.modules())
+    assert "8 layers in 8 bits" in applied.summary
+    assert sum(isinstance(module, nn.Linear | nn.Embedding) for module in dit.denoiser.modules()) == 2
     assert sum(isinstance(module, QuantizedLayer) for module in dit.denoiser.modules()) == 12
     with pytest.raises(ConfigError, match="no layer of DiTTransformer2DModel is left to quantize"):
         stage.check(dit, ONNXRUNTIME)
+    with pytest.raises(ConfigError, match=r"layers '\*attn1\*' matches no Linear or Embedding in float"):
+        Weights(WeightsConfig(layers=("*attn1*",))).check(dit, ONNXRUNTIME)
 
 
 @pytest.mark.parametrize(
@@ -124,37 +132,61 @@ def test_tied_tables_stay_tied():
     assert model.encoder is twin
 
 
+def engine_part(generator, role, path, given, target):
+    """One part of the pipeline as ``path``: (its session, recorded calls in torch)."""
+    parts = find_components(generator, given.conditions, given.plan, batch=None, any_size=False)
+    part = next(part for part in parts if part.role == role)
+    module = Flat(getattr(generator.pipeline, part.attribute), part).eval()
+    export_graph(module, part.flat_inputs(), list(part.outputs), path, free=part.free, opset=20)
+    with torch.no_grad():
+        outputs = dict(zip(part.outputs, module(*part.flat_inputs().values()), strict=True))
+    return open_session(path, target=target), [(part.flat_inputs(), outputs)]
+
+
+def float_matrices(path):
+    """Shapes of the float32 initializers with more than one row and column."""
+    graph = onnx.load(path).graph
+    shapes = [list(item.dims) for item in graph.initializer if item.data_type == onnx.TensorProto.FLOAT]
+    return [shape for shape in shapes if len(shape) == 2 and min(shape) > 1]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
-def test_engine_of_a_transformer(target, dit, context, tmp_path):
-    given = context(dit, target)
+def test_whole_engine_of_a_transformer(dit, context, tmp_path):
+    given = context(dit)
     Int8(Int8Config()).apply(dit, given)
-    settings = ExportConfig(target=target)
-    plain = export(dit, tmp_path / "int8", settings, plan=given.plan, conditions=given.conditions)
-    Weights(WeightsConfig()).apply(dit, given)
-    small = export(dit, tmp_path / "both", settings, plan=given.plan, conditions=given.conditions)
-    assert small.quantized_layers == plain.quantized_layers == 12
-    assert small.float_layers == 1  # the convolution of the patches
-    assert max(part.error for part in small.parity) < 1e-2
-    sizes = [(built.folder / "transformer/model.onnx").stat().st_size for built in (plain, small)]
-    assert sizes[1] < 0.6 * sizes[0]
-    graph = onnx.load(small.folder / "transformer/model.onnx").graph
-    floats = [item for item in graph.initializer if item.data_type == onnx.TensorProto.FLOAT and len(item.dims) == 2]
-    assert not [list(item.dims) for item in floats if min(item.dims) > 1]
+    Weights(WeightsConfig(layers=("*",))).apply(dit, given)
+    built = export(dit, tmp_path / "engine", ExportConfig(), plan=given.plan, conditions=given.conditions)
+    assert built.quantized_layers == 12
+    assert built.float_layers == 1  # the convolution of the patches
+    assert max(part.error for part in built.parity) < 1e-2
+    assert not float_matrices(built.folder / "transformer/model.onnx")
 
 
 @pytest.mark.slow
-def test_engine_of_a_text_encoder(sd, context, tmp_path, relative):
-    given = context(sd, "onnxruntime")
-    inside = sd.pipeline.text_encoder
+def test_transformer_on_openvino(dit, context, tmp_path):
+    given = context(dit, "openvino")
+    before, _ = engine_part(dit, "denoiser", tmp_path / "float.onnx", given, "openvino")
+    Weights(WeightsConfig(layers=("*",))).apply(dit, given)
+    session, calls = engine_part(dit, "denoiser", tmp_path / "weights.onnx", given, "openvino")
+    assert compare("transformer", session, calls, tolerance=1e-3).error < 1e-3
+    with pytest.raises(ParityError, match="differs from torch"):
+        compare("transformer", before, calls, tolerance=1e-3)
+    sizes = [(tmp_path / name).stat().st_size for name in ("float.onnx", "weights.onnx")]
+    assert sizes[1] < 0.5 * sizes[0]
+    assert float_matrices(tmp_path / "float.onnx")
+    assert not float_matrices(tmp_path / "weights.onnx")
+
+
+@pytest.mark.slow
+def test_text_encoder_on_onnxruntime(sd, context, tmp_path, relative):
+    given, inside = context(sd), sd.pipeline.text_encoder
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         before = inside(ids).last_hidden_state
-    applied = Weights(WeightsConfig(component="text_encoder")).apply(sd, given)
+    applied = Weights(WeightsConfig(component="text_encoder", awq=True)).apply(sd, given)
     assert applied.metadata["sensitivity"].keys() == applied.metadata["layers"].keys()
     with torch.no_grad():
         assert 0 < relative(inside(ids).last_hidden_state, before) < 0.02
-    built = export(sd, tmp_path / "engine", ExportConfig(), plan=given.plan, conditions=given.conditions)
-    assert next(part for part in built.parity if part.component == "text_encoder").error < 1e-3
-    graph = onnx.load(built.folder / "text_encoder/model.onnx").graph
-    assert sum(item.data_type == onnx.TensorProto.INT8 for item in graph.initializer) == len(applied.metadata["layers"])
+    session, calls = engine_part(sd, "text", tmp_path / "model.onnx", given, "onnxruntime")
+    assert compare("text_encoder", session, calls, tolerance=1e-3).error < 1e-3
+    assert not float_matrices(tmp_path / "model.onnx")
