@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -89,3 +92,29 @@ def _verify_component(folder: Path) -> None:
                 file.keys()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is cut off or corrupt: {error}") from error
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep the bars and notices of diffusers and transformers off the terminal while they load."""
+    import diffusers
+    import transformers
+
+    tools: Any = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(tool.get_verbosity(), tool.is_progress_bar_enabled()) for tool in tools]
+    for tool in tools:
+        tool.set_verbosity_error()
+        tool.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for tool, (verbosity, bars) in zip(tools, before, strict=True):
+            tool.set_verbosity(verbosity)
+            if bars:
+                tool.enable_progress_bar()
+
+
+def first_lines(error: Exception, count: int = 4) -> str:
+    """Enough of a message that may list every tensor of a network."""
+    lines = str(error).splitlines()
+    return "\n".join([*lines[:count], *([f"({len(lines) - count} more lines)"] if len(lines) > count else [])])

@@ -20,11 +20,10 @@ from typing import Annotated, Any, Literal
 import diffusers
 import numpy as np
 import torch
-import transformers
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffpress.checkpoint import fetch, verify
+from diffpress.checkpoint import fetch, first_lines, quiet_loading, verify
 from diffpress.config import config
 from diffpress.diffusion import Schedule, read_schedule
 from diffpress.errors import CheckpointError, ConfigError
@@ -71,23 +70,6 @@ class Samples:
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error
     """Ends a sampling run from within a hook."""
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keep the bars and notices of diffusers and transformers off the terminal while they load."""
-    tools = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(tool.get_verbosity(), tool.is_progress_bar_enabled()) for tool in tools]
-    for tool in tools:
-        tool.set_verbosity_error()
-        tool.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for tool, (verbosity, bars) in zip(tools, before, strict=True):
-            tool.set_verbosity(verbosity)
-            if bars:
-                tool.enable_progress_bar()
 
 
 @contextmanager
@@ -147,7 +129,7 @@ class Generator:
                     low_cpu_mem_usage=False,
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-            raise CheckpointError(f"{folder}: diffusers cannot load it: {error}") from error
+            raise CheckpointError(f"{folder}: diffusers cannot load it: {first_lines(error)}") from error
         return cls(pipeline, folder)
 
     @property
@@ -201,15 +183,14 @@ class Generator:
         if self.conditioning_kind == "text" and not isinstance(condition, str):
             raise ConfigError(f"prompt {condition!r} is {type(condition).__name__}; allowed: text")
         if self.conditioning_kind == "class":
-            labels = self._labels()
+            labels, numbers = self._labels(), f"a number from 0 to {self._class_count() - 1}"
             if isinstance(condition, str):
                 if condition not in labels:
-                    raise ConfigError(
-                        f"class {condition!r} is not one of {', '.join(labels) or 'the (unnamed) classes'}"
-                    )
+                    allowed = f"one of {', '.join(labels)}" if labels else numbers
+                    raise ConfigError(f"class {condition!r} is not {allowed}")
                 return labels[condition]
             if type(condition) is not int or not 0 <= condition < self._class_count():
-                raise ConfigError(f"class {condition!r} is not a name or a number from 0 to {self._class_count() - 1}")
+                raise ConfigError(f"class {condition!r} is not a name or {numbers}")
         return condition
 
     def use_scheduler(self, name: str | None) -> None:
@@ -240,6 +221,15 @@ class Generator:
             factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         return int(height) * factor, int(width) * factor
 
+    def check_size(self, plan: SamplingPlan) -> None:
+        """Raise ConfigError where the plan asks a generator of fixed size for another one."""
+        for name in ("height", "width"):
+            value = getattr(plan, name)
+            if value is not None and not self.can_resize:
+                raise ConfigError(
+                    f"{name} is {value}, but {type(self.pipeline).__name__} has a fixed size; allowed: null"
+                )
+
     def _call_arguments(self, conditions: Sequence[Any], seeds: Sequence[int], plan: SamplingPlan) -> dict[str, Any]:
         kind = self.conditioning_kind
         arguments: dict[str, Any] = {
@@ -247,6 +237,7 @@ class Generator:
             "generator": [torch.Generator().manual_seed(int(seed)) for seed in seeds],
             "output_type": "np",
         }
+        self.check_size(plan)
         arguments |= (
             {"batch_size": len(conditions)}
             if kind == "unconditional"
@@ -258,10 +249,6 @@ class Generator:
             value = getattr(plan, name)
             if value is not None and name in self._arguments:
                 arguments[name] = value
-            elif value is not None and name != "guidance_scale":
-                raise ConfigError(
-                    f"{name} is {value}, but {type(self.pipeline).__name__} has a fixed size; allowed: null"
-                )
         return arguments
 
     def sample(

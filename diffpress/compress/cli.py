@@ -113,6 +113,8 @@ def cp(
     source = find_recipe(recipe)
     target = file or Path(source.name)
     target = target / source.name if target.is_dir() else target
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent} is no folder, so {target.name} cannot be put there")
     if target.exists():
         raise ConfigError(f"{target} exists and is not overwritten; give another name: diffpress cp {recipe} FILE")
     schema = (recipes_folder() / "recipe.schema.json").as_posix()
@@ -191,7 +193,7 @@ def generate(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used in turn.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1: none.")] = 3.0,
 ) -> None:
     """Make pictures with an engine or with an original model. Existing pictures are not overwritten.

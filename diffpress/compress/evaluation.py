@@ -20,6 +20,7 @@ from diffpress.eval.extractors import Extractor, load_extractor
 from diffpress.eval.features import Features, extract, load_reference, save_features
 from diffpress.eval.fidelity import check_lpips, lpips, psnr, relative_error, ssim
 from diffpress.eval.replicates import (
+    BLOCKS,
     density_coverage_replicates,
     frechet_replicates,
     kernel_replicates,
@@ -109,8 +110,13 @@ def _local(name: str) -> str:
 
 
 def check_evaluation(recipe: Recipe) -> None:
-    """Raises ConfigError, before any work, for a reference, an extractor or LPIPS weights that are not there."""
+    """Raises ConfigError, before any work, for too few samples, or an extractor, reference or weights that lack."""
     if recipe.evaluate.features is not None:
+        if recipe.evaluate.samples < 2 * BLOCKS:
+            raise ConfigError(
+                f"evaluate.samples is {recipe.evaluate.samples}; distances with intervals need {2 * BLOCKS} or more "
+                "(without distances: evaluate.features=null)"
+            )
         _extractor(recipe)
     if recipe.evaluate.lpips is not None:
         check_lpips(_local(recipe.evaluate.lpips))

@@ -215,6 +215,8 @@ def _override_path(document: Document, key: str, methods: dict[str, type]) -> Ke
     """
     stages = document.data["stages"] if isinstance(document.data["stages"], list) else []
     names = [next(iter(entry), "") if isinstance(entry, dict) else "" for entry in stages]
+    if key.split(".")[0] in {name.split(".")[0] for name in methods} and not key.startswith(tuple(methods)):
+        raise LookupError(f"{key} names no method; allowed: {', '.join(sorted(methods))}")
     for method in sorted({*methods, *filter(None, names)}, key=len, reverse=True):
         if key == method or key.startswith(method + "."):
             at = [index for index, name in enumerate(names) if name == method]

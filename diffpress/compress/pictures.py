@@ -33,6 +33,8 @@ def generate_pictures(
     ``source`` is an artifact folder, or a model that `Generator.load` takes. ``prompts`` (or classes; None: the
     generator's own) are used in turn. Raises `ConfigError` where a file exists already.
     """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output {output} is a file; allowed: a folder")
     generator = open_generator(source)
     numbers = generator.conditioning_kind == "class"  # a class may be given by number, a prompt is always text
     given = None if prompts is None else [int(item) if numbers and item.isdecimal() else item for item in prompts]

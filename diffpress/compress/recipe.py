@@ -16,6 +16,7 @@ from diffpress.config import config
 from diffpress.export.settings import ExportConfig
 
 Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
 Positive = Annotated[float, Field(gt=0)]
 Baseline = Literal["eager", "medium", "compiled"]
 
@@ -36,7 +37,7 @@ class Calibration:
 
     samples: Count = 32
     """Images that are sampled while the denoiser's calls are recorded."""
-    steps: Count | None = None
+    steps: Steps | None = None
     """Sampling steps of a recorded run; null: as in evaluate."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     """Classifier-free guidance scale of a recorded run; null: as in evaluate."""
@@ -52,7 +53,7 @@ class Evaluate:
     """Images of each model."""
     batch_size: Count = 32
     """Images sampled at once."""
-    steps: Count = 20
+    steps: Steps = 20
     """Sampling steps."""
     guidance_scale: Annotated[float, Field(ge=0)] = 3.0
     """Classifier-free guidance scale; 1: no guidance."""

@@ -65,6 +65,7 @@ class Run:
         """Everything cheap that can be wrong, before anything heavy."""
         for _, stage in self.stages:
             stage.check(self.original, self.target)
+        self.original.check_size(evaluation.plan_of(self.recipe))
         check_export(self.original, self.recipe.export)
         self.original.use_scheduler(self.recipe.evaluate.scheduler)
         evaluation.conditions_of(self.recipe, self.original, self.recipe.evaluate.samples)

@@ -92,6 +92,7 @@ def test_cp_copies_and_never_overwrites(tmp_path, monkeypatch):
     assert (tmp_path / "quickstart.yaml").read_text(encoding="utf-8") == "mine"
     assert run(["cp", "quickstart", "other.yaml"]) == 0
     assert run(["validate", "other.yaml"]) == 0
+    assert run(["cp", "quickstart", "no/such/other.yaml"]) == 2
 
 
 def test_validate_prints_the_resolved_recipe(capsys):
@@ -108,6 +109,17 @@ def test_validate_tells_all_errors(capsys, tmp_path):
     assert "bad.yaml:3: unknown key 'sead': did you mean 'seed'?" in text
     assert "override 'export.opset=3'" in text
     assert run(["validate"]) == 2
+
+
+def test_what_does_not_fit_the_model_is_told_by_a_dry_run(capsys, dit_folder, tmp_path):
+    def dry_run(*changes):
+        given = [f"model={dit_folder}", "evaluate.features=null", "gate.frechet_ratio=null", *changes]
+        return run(["run", "quickstart", *given, "--output", str(tmp_path / "out"), "--dry-run"])
+
+    assert dry_run() == 0
+    assert dry_run("export.height=64", "export.width=64") == 2
+    assert "height is 64, but DiTPipeline has a fixed size" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -201,6 +213,8 @@ def test_generate_names_pictures_and_overwrites_none(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=r"not overwritten: .*0007-red-apple\.png"):
         pictures.generate_pictures("x", tmp_path / "out", range(7, 9), **options)
     assert len(list((tmp_path / "out").iterdir())) == 3
+    with pytest.raises(ConfigError, match="is a file; allowed: a folder"):
+        pictures.generate_pictures("x", files[0], range(1), **options)
 
 
 def test_progress_logs_one_line_where_there_is_no_terminal(caplog):

@@ -55,6 +55,12 @@ def test_a_missing_reference_is_found_before_any_work(recipe: Recipe) -> None:
         evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=wrong))
 
 
+def test_too_few_pictures_for_distances_are_found_before_any_work(recipe: Recipe) -> None:
+    few = dataclasses.replace(recipe.evaluate, features="models/emoji-features", samples=49)
+    with pytest.raises(ConfigError, match="samples is 49; distances with intervals need 50 or more"):
+        evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=few))
+
+
 def test_lpips_has_a_row_where_its_weights_are_given(recipe: Recipe, monkeypatch) -> None:
     given = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, lpips="alex.pth"))
     with pytest.raises((ConfigError, MissingDependencyError), match=r"LPIPS"):
