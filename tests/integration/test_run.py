@@ -61,7 +61,7 @@ def test_leaves_everything(finished: Path) -> None:
     assert report.parity is not None
     assert report.parity.max_relative_error < 0.03
     assert {row.candidate for row in report.latency} == {"engine", "eager"}
-    assert {row.name for row in report.quality} >= {"frechet", "kernel", "coverage"}
+    assert {row.name for row in report.quality} >= {"frechet", "kernel", "precision", "recall", "coverage"}
     latent = next(row for row in report.paired if row.name == "relative_error")
     assert 0 < latent.median < 0.5
 
