@@ -1,6 +1,6 @@
 """Train models/emoji-unet: a text-to-image latent U-Net in the stock StableDiffusionPipeline layout.
 
-    python models/train_unet.py           # after train_autoencoder.py; about 20 minutes on 2 cores
+    python models/train_unet.py           # after train_autoencoder.py; about an hour on 2 cores
 
 The tokenizer (CLIP's byte-level BPE) and the text encoder are trained here too, on the names of the emoji.
 """
@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import AttnProcessor
 from pipelines import diffusion_loss, export, load_autoencoder, make_scheduler, train_latents, write_training
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from training import ROOT, fit, pick_device
+from training import ROOT, WORK, fit, pick_device
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 FOLDER = ROOT / "emoji-unet"
@@ -40,6 +40,14 @@ def train_tokenizer(captions: list[str], merges: int = 1200) -> CLIPTokenizer:
     words = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *dict.fromkeys("".join(pair) for pair in pairs)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=pairs, model_max_length=LENGTH)
+
+
+def find_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """The one a resumed run began with: merges of equal count come in another order each time they are learned."""
+    folder = WORK / "tokenizer"
+    if not folder.exists():
+        train_tokenizer(captions).save_pretrained(str(folder))
+    return CLIPTokenizer.from_pretrained(str(folder))
 
 
 class TextToImage(torch.nn.Module):
@@ -109,7 +117,7 @@ def caption_choices(item: emoji.Emoji) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1150)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak", type=float, default=8e-4, help="highest learning rate")
     args = parser.parse_args()
@@ -118,7 +126,7 @@ def main() -> None:
     device = pick_device()
     latents, names, _ = train_latents()
     choices = [caption_choices(item) for item in names]
-    tokenizer = train_tokenizer([text for texts in choices for text in texts])
+    tokenizer = find_tokenizer([text for texts in choices for text in texts])
     tokens = torch.stack(
         [tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids for texts in choices]
     ).to(device)  # [count, choices, LENGTH]

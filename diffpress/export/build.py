@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from diffpress.errors import ConfigError, MissingDependencyError
-from diffpress.export.components import Component, Flat, find_components, flatten_inputs
+from diffpress.export.components import Component, Flat, find_components, flatten_inputs, plain_attention
 from diffpress.export.graph import export_graph
 from diffpress.export.parity import (
     FLOAT_TOLERANCE,
@@ -109,18 +109,24 @@ def quantized_layers(module: nn.Module) -> int:
     )
 
 
+def has_codes(module: nn.Module) -> bool:
+    """Whether some of its weights are integers."""
+    return any(buffer.dtype in (torch.int8, torch.uint8) for buffer in module.buffers())
+
+
 def _export_part(generator: Generator, part: Component, folder: Path, settings: ExportConfig) -> None:
     module = getattr(generator.pipeline, part.attribute)
     path = folder / part.folder / "model.onnx"
-    export_graph(
-        Flat(module, part).eval(),
-        part.flat_inputs(),
-        list(part.outputs),
-        path,
-        free=part.free,
-        opset=settings.opset,
-        for_onnxruntime_cpu=settings.target == "onnxruntime" and runs_on_cpu(settings.providers),
-    )
+    with plain_attention(module):
+        export_graph(
+            Flat(module, part).eval(),
+            part.flat_inputs(),
+            list(part.outputs),
+            path,
+            free=part.free,
+            opset=settings.opset,
+            for_onnxruntime_cpu=settings.target == "onnxruntime" and runs_on_cpu(settings.providers),
+        )
     known = module.config if isinstance(module.config, dict) else module.config.to_dict()
     known = {name: value for name, value in known.items() if name != "_name_or_path"}  # where the checkpoint lay
     (path.parent / "config.json").write_text(json.dumps(known, indent=2, sort_keys=True, default=str) + "\n")
@@ -193,7 +199,7 @@ def _prove(
     check_compute(part.folder, session, settings.compute)
     wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
     pairs = [(part.flat_inputs(), part.outputs), *(calls if part.role == "denoiser" else [])]
-    exact = not wanted and settings.compute == "float32"
+    exact = settings.compute == "float32" and not has_codes(getattr(generator.pipeline, part.attribute))
     parity = compare(part.folder, session, pairs, tolerance=FLOAT_TOLERANCE if exact else ROUNDED_TOLERANCE)
     found = check_precision(part.folder, session, wanted) if wanted else 0
     return parity, session.provider, found

@@ -7,14 +7,15 @@ with one picture and once with two tells which axes are the batch; a run at anot
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
 from diffpress.errors import EngineError
 from diffpress.generator import Generator, SamplingPlan, patched
@@ -205,6 +206,20 @@ def _encoder(generator: Generator, decoder: Component) -> Component:
     )
 
 
+@contextmanager
+def plain_attention(module: nn.Module) -> Iterator[None]:
+    """Attention of transformers models written out, undone on exit: the exporter cannot trace T5's fused one."""
+    if not isinstance(module, PreTrainedModel):
+        yield
+        return
+    before = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(before)
+
+
 class Flat(nn.Module):
     """A component as a function of flat tensors to a tuple of tensors: what the exporter traces."""
 
@@ -217,8 +232,17 @@ class Flat(nn.Module):
         self.positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.names = [*component.inputs]
+        self.batch_axes = [
+            (index, axis)
+            for index, axes in enumerate(component.free.values())
+            for axis, what in axes.items()
+            if what == "batch"
+        ]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        sizes = [tensors[index].shape[axis] for index, axis in self.batch_axes]
+        for size in sizes[1:]:
+            torch._check(size == sizes[0])  # the exporter takes free axes of two inputs for independent
         leaves = list(self.rest)
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffpress.errors import EngineError
 from diffpress.export.components import Free
-from diffpress.export.passes import contrib_attention, fuse_products
+from diffpress.export.passes import contrib_attention, drop_void_squeezes, fuse_products
 
 EXTERNAL_FROM = 1 << 30  # bytes of weights from which they go to a file of their own; protobuf ends at 2 GiB
 
@@ -55,6 +55,7 @@ def export_graph(
     model = program.model
     if for_onnxruntime_cpu:
         fuse_products(model)
+    drop_void_squeezes(model)
     clean(model)
     _name_axes(model, free)
     large = (

@@ -77,6 +77,20 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
+def drop_void_squeezes(model: ir.Model) -> None:
+    """Squeeze of an axis longer than one does nothing in torch (PixArt has one); ONNX forbids it, so it goes."""
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Squeeze" or len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        shape, axes = node.inputs[0].shape, node.inputs[1].const_value
+        if shape is None or axes is None:
+            continue
+        if all(shape[int(axis)] != 1 for axis in axes.numpy().flatten()):  # free axes too: traced as not 1
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
+
+
 @contextmanager
 def contrib_attention() -> Iterator[None]:
     """Export attention without a mask as ONNX Runtime's MultiHeadAttention, which needs no transposed copies.

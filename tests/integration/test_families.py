@@ -125,7 +125,7 @@ FAMILIES = {
 }
 
 
-BUILT = ("sdxl",)
+BUILT = FAMILIES
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -4,12 +4,14 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from diffpress.export.graph import export_graph
+from diffpress.export.passes import drop_void_squeezes
 from diffpress.export.session import OnnxRuntimeSession
 from diffpress.quantize.modules import Activation, quantized
 from diffpress.targets import TARGETS
@@ -96,6 +98,21 @@ def test_one_product_is_exact_and_a_wrong_bias_is_seen(tmp_path, relative):
     bias.CopyFrom(onnx.numpy_helper.from_array(np.zeros(32, np.float32), bias.name))
     onnx.save(model, path)
     assert relative(OnnxRuntimeSession(path)({"x": X})[0], expected) > 1e-2
+
+
+def test_a_squeeze_of_a_long_axis_goes_and_one_of_a_short_axis_stays():
+    nodes = [
+        onnx.helper.make_node("Squeeze", ["x", "axis"], ["y"]),
+        onnx.helper.make_node("Squeeze", ["y", "first"], ["z"]),
+    ]
+    axes = [onnx.numpy_helper.from_array(np.array([axis]), name) for axis, name in ((1, "axis"), (0, "first"))]
+    shapes = {"x": [1, 5], "y": [1, 5], "z": [5]}
+    values = {name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shapes[name]) for name in shapes}
+    graph = onnx.helper.make_graph(nodes, "g", [values["x"]], [values["z"]], axes, value_info=[values["y"]])
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]))
+    drop_void_squeezes(model)
+    assert [node.inputs[1].name for node in model.graph] == ["first"]
+    assert model.graph.node(0).inputs[0].name == "x"
 
 
 def test_torch_has_its_attention_back():
