@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -10,7 +11,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from diffpress.config import config
-from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.quantize.folds import Fold, apply_fold, find_folds
 from diffpress.quantize.modules import Activation, weight_codes
@@ -18,6 +18,8 @@ from diffpress.quantize.observers import Histogram, choose_range
 from diffpress.quantize.streams import Accumulator, Extremes, Rows, observe_folds
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
+
+logger = logging.getLogger(__name__)
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 SMALLEST = 1e-5
@@ -102,15 +104,14 @@ class Smooth:
         self.config = config
 
     def check(self, generator: Generator, target: Target) -> None:
-        """Raises ConfigError when the denoiser has no norm to fold into."""
-        if not find_folds(generator.denoiser):
-            raise ConfigError(
-                f"quantize.smooth: {type(generator.denoiser).__name__} has none of the blocks it can fold into "
-                "(BasicTransformerBlock with adaLN-zero or LayerNorm); leave the stage out"
-            )
+        """Nothing is refused: a denoiser without a place to fold into is left as it is, and the report says so."""
 
     def apply(self, generator: Generator, context: Context) -> Applied:
         folds = find_folds(generator.denoiser)
+        if not folds:
+            kind = type(generator.denoiser).__name__
+            logger.warning("quantize.smooth: %s has no norm that can take a factor: left as it was", kind)
+            return Applied(generator, {"alpha": {}}, f"{kind} has no norm that can take a factor: left as it was")
         peaks = {fold.name: self._importance(fold) for fold in folds}
         rows = {fold.name: Rows() for fold in folds}
         accumulators: dict[str, tuple[Accumulator, ...]] = {name: (peaks[name], rows[name]) for name in peaks}

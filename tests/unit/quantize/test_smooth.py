@@ -4,7 +4,6 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.quantize.folds import find_folds
 from diffpress.quantize.int8 import Int8, Int8Config
@@ -136,9 +135,13 @@ def test_settings_are_checked(bad):
         SmoothConfig(**bad)
 
 
-def test_nothing_to_fold_into_is_refused(ddpm):
-    with pytest.raises(ConfigError, match="UNet2DModel has none of the blocks"):
-        Smooth(SmoothConfig()).check(ddpm, TARGETS["onnxruntime"])
+def test_nothing_to_fold_into_is_said(ddpm, context, caplog):
+    before = {name: value.clone() for name, value in ddpm.denoiser.state_dict().items()}
+    Smooth(SmoothConfig()).check(ddpm, TARGETS["onnxruntime"])
+    applied = Smooth(SmoothConfig()).apply(ddpm, context(ddpm))
+    assert "UNet2DModel has no norm that can take a factor" in applied.summary
+    assert applied.summary in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in ddpm.denoiser.state_dict().items())
 
 
 def test_hooks_are_removed(dit, context, hooks_of):
