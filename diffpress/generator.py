@@ -136,6 +136,14 @@ class Generator:
     def denoiser(self) -> nn.Module:
         return getattr(self.pipeline, self.denoiser_name)
 
+    def part(self, name: str) -> nn.Module:
+        """A network of the pipeline by its attribute, or the ``denoiser``; ConfigError names those that are there."""
+        found = self.denoiser if name == "denoiser" else getattr(self.pipeline, name, None)
+        if not isinstance(found, nn.Module):
+            known = [key for key, value in sorted(self.pipeline.components.items()) if isinstance(value, nn.Module)]
+            raise ConfigError(f"{type(self.pipeline).__name__} has no {name}; allowed: denoiser, {', '.join(known)}")
+        return found
+
     @property
     def conditioning_kind(self) -> Conditioning:
         """Whether pictures are asked for by class, by text, or not at all."""

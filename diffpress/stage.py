@@ -41,6 +41,8 @@ class Applied:
     generator: Generator
     metadata: dict[str, Any]
     summary: str
+    part: str = "denoiser"
+    """The part of the pipeline whose weights changed: its attribute, or ``denoiser``."""
 
 
 class Stage(Protocol):

@@ -121,19 +121,21 @@ class Run:
             if self.artifact.done(stage_name(number, name), keys[number]) is None:
                 break
             finished = number + 1
+        latest: dict[str, Path] = {}  # the last stage that changed a part has all of its weights
         for number in range(finished):
             name, stage = self.stages[number]
             folder = self.artifact.folder / "stages" / stage_name(number, name)
             stage.restore(generator, read_json(folder / "metadata.json"))
-            if number + 1 == finished:
-                load_weights(generator.denoiser, folder / "denoiser.safetensors")
+            latest |= {file.stem: file for file in folder.glob("*.safetensors")}
+        for part, file in latest.items():
+            load_weights(generator.part(part), file)
         return generator, list(range(finished, len(self.stages)))
 
     def _apply(self, generator: Generator, stage: Stage, folder: Path) -> dict[str, Any]:
         stage.check(generator, self.target)
         applied = stage.apply(generator, self.context())
         folder.mkdir()
-        save_weights(generator.denoiser, folder / "denoiser.safetensors")
+        save_weights(generator.part(applied.part), folder / f"{applied.part}.safetensors")
         write_json(folder / "metadata.json", applied.metadata)
         return {
             "config": plain(stage.config),

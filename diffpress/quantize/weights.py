@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from diffpress.config import config
-from diffpress.errors import ArtifactError, ConfigError
+from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.quantize.awq import Rows, balance, best_clip, find_text_folds, relative_error, watching
 from diffpress.quantize.folds import find_folds
@@ -69,7 +69,7 @@ class Weights:
 
     def check(self, generator: Generator, target: Target) -> None:
         """Raises ConfigError for what the target cannot run, patterns that match nothing, and groups that don't fit."""
-        component = find_component(generator, self.config.component)
+        component = generator.part(self.config.component)
         if self.config.group is not None and target.name not in GROUPED:
             raise ConfigError(
                 f"quantize.weights: group {self.config.group} does not run on target {target.name}; "
@@ -90,7 +90,7 @@ class Weights:
 
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Layers that no calibration run reaches are quantized too, to the nearest code."""
-        component = find_component(generator, self.config.component)
+        component = generator.part(self.config.component)
         form, chosen = Form(context.target.name, self.config.bits, self.config.group), self.layers(component)
         before = _bytes(component)
         with watching(chosen) as seen:
@@ -113,7 +113,7 @@ class Weights:
         }
         saved = f"{before / 2**20:.1f} to {_bytes(component) / 2**20:.1f} MiB"
         summary = f"weights of {len(chosen)} layers in {self.config.bits} bits, {self.config.component} from {saved}"
-        return Applied(generator, metadata, summary)
+        return Applied(generator, metadata, summary, self.config.component)
 
     def _calibrate(self, generator: Generator, context: Context) -> None:
         plan = context.plan
@@ -128,34 +128,20 @@ class Weights:
 
     @staticmethod
     def restore(generator: Generator, metadata: dict[str, Any]) -> None:
-        """Put empty twins where they were. Raises ArtifactError for a component that artifacts do not keep."""
-        if metadata["component"] != "denoiser":
-            raise ArtifactError(
-                f"quantize.weights: the weights of {metadata['component']} are not kept between runs, only the "
-                "denoiser's; run the recipe into a new folder"
-            )
+        """Put empty twins where they were."""
+        component = generator.part(metadata["component"])
         form = Form(metadata["target"], metadata["bits"], metadata["group"])
         for name, shape in metadata["layers"].items():
-            layer: Any = generator.denoiser.get_submodule(name)
+            layer: Any = component.get_submodule(name)
             if list(layer.weight.shape) != shape:
                 raise ConfigError(
                     f"quantize.weights: layer {name} is {list(layer.weight.shape)}, but the artifact has {shape}"
                 )
-            replace(generator.denoiser, layer, weight_only(layer, form))
+            replace(component, layer, weight_only(layer, form))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def find_component(generator: Generator, name: str) -> nn.Module:
-    """The denoiser or a text encoder. Raises ConfigError where the pipeline has none of that name."""
-    found = generator.denoiser if name == "denoiser" else getattr(generator.pipeline, name, None)
-    if not isinstance(found, nn.Module):
-        texts = [part for part in sorted(generator.pipeline.components) if part.startswith("text_encoder")]
-        allowed = ", ".join(("denoiser", *texts))
-        raise ConfigError(f"quantize.weights: {type(generator.pipeline).__name__} has no {name}; allowed: {allowed}")
-    return found
 
 
 def replace(component: nn.Module, layer: nn.Module, twin: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,3 +77,17 @@ def test_a_place_where_nothing_can_be_written(dit_folder: Path, tmp_path: Path, 
     assert str(output) in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_every_part_that_a_stage_changed_comes_back(sd_folder: Path, tmp_path: Path) -> None:
+    text = "quantize.weights: {component: text_encoder}"
+    stages = f"stages=[{{{text}}}, {{quantize.int8: {{}}}}, {{quantize.weights: {{}}}}]"
+    run = [*command(sd_folder, tmp_path / "out"), stages]
+    assert subprocess.run(run, capture_output=True, timeout=300).returncode == 0
+    engine = contents(tmp_path / "out/engine")
+    shutil.rmtree(tmp_path / "out/engine")
+    again = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert contents(tmp_path / "out/engine") == engine
+    assert b"codes" in engine["text_encoder/model.onnx"]  # and not the float encoder of the checkpoint
+    assert len({step["name"] for step in steps(tmp_path / "out")}) == len(steps(tmp_path / "out"))

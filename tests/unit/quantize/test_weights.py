@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from diffpress.artifact import load_weights, save_weights
-from diffpress.errors import ArtifactError, ConfigError, ParityError
+from diffpress.errors import ConfigError, ParityError
 from diffpress.export.build import export
 from diffpress.export.components import Flat, find_components
 from diffpress.export.graph import export_graph
@@ -93,13 +93,27 @@ def test_saved_and_restored_it_is_the_same(family, bits, group, awq, request, co
     assert torch.equal(first_call(again, call)[0], expected)
 
 
-def test_restore_refuses_another_model_and_parts_that_are_not_kept(dit, sd, context):
+def test_restore_refuses_another_model_and_parts_that_are_not_there(dit, context):
     metadata = Weights(WeightsConfig(layers=("proj_out_2",))).apply(dit, context(dit)).metadata
     again = Generator.load(dit.source)
     with pytest.raises(ConfigError, match=r"layer proj_out_2 is \[16, 16\], but the artifact has \[3, 3\]"):
         Weights.restore(again, metadata | {"layers": {"proj_out_2": [3, 3]}})
-    with pytest.raises(ArtifactError, match="weights of text_encoder are not kept"):
-        Weights.restore(sd, metadata | {"component": "text_encoder"})
+    with pytest.raises(ConfigError, match="has no text_encoder; allowed: denoiser, transformer"):
+        Weights.restore(again, metadata | {"component": "text_encoder"})
+
+
+def test_a_text_encoder_comes_back_as_it_was(sd, context, tmp_path):
+    applied = Weights(WeightsConfig(component="text_encoder")).apply(sd, context(sd))
+    assert applied.part == "text_encoder"
+    save_weights(sd.part(applied.part), tmp_path / "weights.safetensors")
+    again = Generator.load(sd.source)
+    Weights.restore(again, json.loads(json.dumps(applied.metadata)))
+    load_weights(again.part(applied.part), tmp_path / "weights.safetensors")
+    tokens = sd.pipeline.tokenizer(["a cat"], return_tensors="pt").input_ids
+    with torch.no_grad():
+        states = [g.pipeline.text_encoder(tokens).last_hidden_state for g in (sd, again, Generator.load(sd.source))]
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
 
 
 def test_sensitivity_is_the_error_of_one_layer_alone(dit, context):
