@@ -43,7 +43,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     from diffpress.eval.machine import describe_machine
 
     installed = {dist.metadata["Name"] for dist in metadata.distributions()}
-    here = ROOT / "benchmarks/denoisers"
+    here, package = ROOT / "benchmarks/denoisers", ROOT / "diffpress"
     builders = [here / name for name in ("nets.py", "builds.py", "calls.py")]
     return {
         "seed": options.seed,
@@ -53,7 +53,9 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "calibration": {"pictures": IMAGES, "steps": STEPS},
         "versions": describe_machine()["versions"] | {n: metadata.version(n) for n in PEERS if n in installed},
         "peer_sources": sources(ROOT, *builders),
-        "our_sources": sources(ROOT, *builders, ROOT / "diffpress"),
+        "our_sources": sources(
+            ROOT, *builders, *(package / name for name in ("quantize", "export", "generator.py", "targets.py"))
+        ),
     }
 
 
@@ -75,7 +77,7 @@ def start(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, An
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the result does not have yet; it is written after every cell."""
     import torch
-    from denoisers import grid, nets
+    from denoisers import grid
     from denoisers.results import write
     from rich.console import Console
 
@@ -96,7 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             continue
         known = data["nets"].get(net, {"flop": {}})
         flop = known["flop"] | built.facts["flop"]
-        data["nets"][net] = {"title": nets.find_net(net).title, **built.facts, "flop": flop}
+        data["nets"][net] = built.facts | {"flop": flop}
         for batch in options.batches:
             if f"{net}/{batch}" not in done:
                 data["cells"][f"{net}/{batch}"] = grid.measure(shared, net, batch, built)

@@ -15,10 +15,17 @@ from .calls import IMAGES, Arrays, read_calls
 from .workers import describe
 
 STAGES: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "static": [("quantize.smooth", {}), ("quantize.int8", {})],
-    "dynamic": [("quantize.smooth", {}), ("quantize.int8", {"activations": "dynamic"})],
+    "static": [("quantize.smooth", {}), ("quantize.int8", {}), ("quantize.weights", {})],
+    "dynamic": [("quantize.smooth", {}), ("quantize.int8", {"activations": "dynamic"}), ("quantize.weights", {})],
 }
 """What ours applies, as a recipe names it."""
+
+
+def net(state: dict[str, Any], name: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """See `nets.prepare`, which needs diffusers: imported in the worker only."""
+    from .nets import prepare
+
+    return prepare(name, folder, options)
 
 
 def plain(state: dict[str, Any], folder: Path, batch: int) -> None:
@@ -84,13 +91,14 @@ def ort_static(state: dict[str, Any], folder: Path, batch: int) -> None:
     )
 
 
-def nncf(state: dict[str, Any], folder: Path, batch: int, transformer: bool) -> None:
+def nncf(state: dict[str, Any], folder: Path, batch: int) -> None:
     """nncf.quantize on OpenVINO's reading of the plain export, as a transformer where it is one."""
     import nncf
     import openvino
 
     model = openvino.Core().read_model(str(folder / "onnx" / str(batch) / "model.onnx"))
     calls = read_calls(folder, batch, "calibration")
+    transformer = (folder / "pipeline/transformer").is_dir()
     kind = nncf.ModelType.TRANSFORMER if transformer else None
     quantized = nncf.quantize(model, nncf.Dataset(calls), model_type=kind, subset_size=len(calls))
     path = _fresh(folder / "nncf" / str(batch)).with_suffix(".xml")

@@ -17,7 +17,7 @@ import psutil
 from diffpress.eval.latency import size_on_disk
 from diffpress.progress import Progress
 
-from . import builds, nets, routes
+from . import builds, routes
 from .results import summarize
 from .routes import ROUTES
 from .shelf import Shelf, digest
@@ -103,10 +103,10 @@ def build(grid: Grid, net: str) -> Built:
         for job in jobs:
             if not all(key in job.shelf for key in job.keys):
                 found.failed |= _run(job, grid, grid.work / "logs" / f"{net} {job.keys[0].replace('/', ' ')}.log")
-            if job.function is nets.prepare:
+            if job.function is builds.net:
                 if job.keys[0] not in job.shelf:
                     raise WorkerError(found.failed[job.keys[0]])
-                found.facts = {key: job.shelf[job.keys[0]][key] for key in ("parameters", "flop")}
+                found.facts = {key: job.shelf[job.keys[0]][key] for key in ("title", "parameters", "flop")}
             advance(1)
     return found
 
@@ -116,11 +116,10 @@ def _jobs(grid: Grid, net: str, found: Built) -> list[Job]:
     plain = {"onnx", "ort-dynamic", "ort-static", "nncf"}
     peers, ours, threads = found.peers, found.ours, grid.settings["threads"]
     options = {**grid.settings, "batches": grid.batches}
-    jobs = [Job(peers, [f"net/{','.join(map(str, grid.batches))}"], nets.prepare, (net, peers.folder, options))]
+    jobs = [Job(peers, [f"net/{','.join(map(str, grid.batches))}"], builds.net, (net, peers.folder, options))]
     for name, function in PEER_BUILDS.items():
         if name in wanted or (name == "onnx" and wanted & plain):
-            extra = (nets.find_net(net).context is None,) if name == "nncf" else ()
-            jobs += [Job(peers, [f"{name}/{batch}"], function, (peers.folder, batch, *extra)) for batch in grid.batches]
+            jobs += [Job(peers, [f"{name}/{batch}"], function, (peers.folder, batch)) for batch in grid.batches]
     for request in OUR_BUILDS:
         variants = {name: options for name, options in request["variants"].items() if name in wanted}
         if variants:

@@ -151,7 +151,7 @@ def plant_outliers(denoiser: nn.Module, *, seed: int) -> None:
             module.weight[channels] *= OUTLIER_FACTOR
 
 
-def prepare(state: dict[str, Any], name: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+def prepare(name: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Write ``folder``/pipeline and the calls of each batch size; returns the net's facts.
 
     Raises ValueError where an output is not finite, constant, or the same for every call.
@@ -177,7 +177,11 @@ def prepare(state: dict[str, Any], name: str, folder: Path, options: dict[str, A
         flop[str(batch)] = counter.get_total_flops()
         _check_outputs(outputs)
         _save(folder / f"calls-{batch}.npz", [call for calls in calibration for call in calls], held_out, outputs)
-    return {"parameters": sum(item.numel() for item in denoiser.parameters()), "flop": flop}
+    return {
+        "title": find_net(name).title,
+        "parameters": sum(item.numel() for item in denoiser.parameters()),
+        "flop": flop,
+    }
 
 
 def _calls(generator: Generator, conditions: list[Any], seeds: range, batch: int) -> list[list[dict[str, Tensor]]]:

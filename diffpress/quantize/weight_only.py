@@ -121,6 +121,7 @@ class WeightOnlyLinear(nn.Module):
         )
 
     def _multiply(self, x: Tensor) -> Tensor:
+        assert self.form.group is not None
         sizes = {"K": self.in_features, "N": self.out_features, "bits": self.form.bits}
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
