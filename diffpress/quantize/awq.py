@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.quantize.folds import Fold, apply_fold, divide_affine, divide_rows
+from diffpress.quantize.streams import Rows, pre_hooks
 from diffpress.quantize.weight_only import Form, group_codes
 
 MAX_ROWS = 512  # rows of a layer's input that are kept; enough to rank candidates
@@ -20,51 +21,23 @@ CLIPS = tuple(1 - step / 20 for step in range(11))  # down to half of the range
 UNCLIPPED = ("*to_q", "*to_k", "*q_proj", "*k_proj", "*.q", "*.k")  # an error there moves all of the attention
 
 
-class Rows:
-    """Evenly spread rows of a stream of inputs: when too many are there, every other is dropped, now and to come."""
-
-    def __init__(self) -> None:
-        self._rows: list[Tensor] = []
-        self._stride, self._count = 1, 0
-
-    def update(self, x: Tensor) -> None:
-        """Take in ``x`` [..., channels], or indices of any shape."""
-        rows = x.detach().reshape(-1, x.shape[-1]) if x.is_floating_point() else x.detach().flatten()
-        first = -self._count % self._stride
-        self._rows += [row.clone() for row in rows[first :: self._stride]]
-        self._count += len(rows)
-        while len(self._rows) > MAX_ROWS:
-            self._rows, self._stride = self._rows[::2], 2 * self._stride
-
-    def scale(self, r: Tensor) -> None:
-        """Divide every row by r [channels]."""
-        self._rows = [row / r for row in self._rows]
-
-    def tensor(self) -> Tensor:
-        """The rows: [rows, channels], or [rows] indices."""
-        return torch.stack(self._rows)
-
-
 @contextmanager
-def watching(layers: dict[str, Any]) -> Iterator[dict[str, Rows]]:
-    """Rows of what each layer reads inside the block, by name; hooks are removed on exit."""
+def watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Rows]]:
+    """Rows [rows, channels], or indices [rows], of what each layer reads inside the block, by name."""
     seen: dict[str, Rows] = {}
 
-    def watch(name: str) -> Any:
-        return lambda module, args: seen.setdefault(name, Rows()).update(args[0])
+    def see(name: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.flatten()
+        seen.setdefault(name, Rows(MAX_ROWS)).update(rows)
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
+    with pre_hooks(layers, see):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
 def relative_error(twin: nn.Module, layer: nn.Module, seen: Rows) -> float:
     """||twin(x) - layer(x)|| / ||layer(x)|| over the rows that were seen; 0 where layer(x) is 0."""
-    x = seen.tensor()
+    x = seen.values
     expected = layer(x).double()
     power = float(expected.norm())
     return float((twin(x).double() - expected).norm()) / power if power else 0.0
@@ -133,11 +106,11 @@ def balance(folds: Sequence[Fold], layers: dict[str, Any], seen: dict[str, Rows]
             continue
         first = readers[0]
         assert first is not None
-        s = best_scales(seen[first].tensor(), [consumer.weight for consumer in fold.consumers], form)
+        s = best_scales(seen[first].values, [consumer.weight for consumer in fold.consumers], form)
         apply_fold(fold, s)
         for name in readers:
             assert name is not None
-            seen[name].scale(s)
+            seen[name].values = seen[name].values / s
 
 
 def find_text_folds(model: nn.Module) -> list[Fold]:

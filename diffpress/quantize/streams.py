@@ -37,12 +37,13 @@ class Rows:
         self._random = torch.Generator().manual_seed(seed)
 
     def update(self, rows: Tensor) -> None:
+        rows = rows.detach().float() if rows.is_floating_point() else rows.detach()
         keys = torch.rand(len(rows), generator=self._random)
         if len(self._keys) == self.limit:
             near = keys < self._keys[-1]
             keys, rows = keys[near], rows[near]
         keys, order = torch.cat([self._keys, keys]).sort()
-        values = torch.cat([self.values, rows.float()]) if len(self.values) else rows.float()
+        values = torch.cat([self.values, rows]) if len(self.values) else rows
         self._keys, self.values = keys[: self.limit], values[order[: self.limit]]
 
 

@@ -12,9 +12,10 @@ from torch import nn
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.quantize.awq import Rows, balance, best_clip, find_text_folds, relative_error, watching
+from diffpress.quantize.awq import balance, best_clip, find_text_folds, relative_error, watching
 from diffpress.quantize.folds import find_folds
 from diffpress.quantize.modules import QuantizedLayer
+from diffpress.quantize.streams import Rows
 from diffpress.quantize.weight_only import Form, WeightOnlyEmbedding, WeightOnlyLinear, weight_only
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
@@ -124,7 +125,7 @@ class Weights:
     def _twin(self, name: str, layer: nn.Linear | nn.Embedding, form: Form, seen: dict[str, Rows]) -> nn.Module:
         if not self.config.awq or name not in seen or isinstance(layer, nn.Embedding):
             return weight_only(layer, form)
-        return weight_only(layer, form, clip=best_clip(name, layer, seen[name].tensor(), form))
+        return weight_only(layer, form, clip=best_clip(name, layer, seen[name].values, form))
 
     @staticmethod
     def restore(generator: Generator, metadata: dict[str, Any]) -> None:
