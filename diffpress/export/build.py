@@ -24,7 +24,7 @@ from diffpress.export.parity import (
     check_precision,
     compare,
 )
-from diffpress.export.session import open_session, runs_on_cpu
+from diffpress.export.session import missing_providers, open_session, runs_on_cpu
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT, Progress
@@ -47,7 +47,11 @@ class Built:
 
 
 def check_export(generator: Generator, settings: ExportConfig) -> None:
-    """Refuse before any work what cannot be built: a missing run-time, a free size where the generator has one."""
+    """Refuse before any work what cannot be built.
+
+    Raises ConfigError for a free size where the generator has one and for a provider that is not on this machine,
+    MissingDependencyError for a run-time that is not installed.
+    """
     find_target(settings.target)
     if settings.size == "dynamic" and not generator.can_resize:
         raise ConfigError(
@@ -56,6 +60,12 @@ def check_export(generator: Generator, settings: ExportConfig) -> None:
     if settings.target in ("openvino", "tensorrt") and not _importable(settings.target):
         extra = {"openvino": "openvino", "tensorrt": "gpu"}[settings.target]
         raise MissingDependencyError(settings.target, extra, f"target {settings.target}")
+    missing, known = missing_providers(settings.target, settings.providers or ())
+    if missing:
+        raise ConfigError(
+            f"export: providers {', '.join(missing)}: not available to {settings.target} on this machine, "
+            f"which has {', '.join(known) or 'no device for it'}"
+        )
 
 
 def _importable(package: str) -> bool:

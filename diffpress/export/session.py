@@ -38,6 +38,7 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
         if isinstance(kind, type) and issubclass(kind, Exception)
     ),
 )
+_OPENVINO_COMPOSITE = ("AUTO", "HETERO", "MULTI")
 _OPENVINO_COMPUTE = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")
 
 
@@ -56,6 +57,36 @@ class Session(Protocol):
         """How many matrix products and convolutions of the built graph run in 8 bits."""
 
 
+def missing_providers(target: str, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The providers or devices of ``wanted`` that ``target`` does not have on this machine, and those that it has.
+
+    Composite OpenVINO devices count by their parts: ``HETERO:GPU,CPU`` is there when both are, ``AUTO`` always.
+    """
+    if target == "openvino":
+        import openvino
+
+        known = openvino.Core().available_devices
+        return [name for name in wanted if not all(_is_there(part, known) for part in device_parts(name))], known
+    if target == "tensorrt":
+        known = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    else:
+        known = onnxruntime.get_available_providers()
+    return [name for name in wanted if name not in known], known
+
+
+def device_parts(device: str) -> list[str]:
+    """``AUTO:GPU.1,CPU`` as GPU.1 and CPU, ``AUTO`` alone as nothing in particular, any other device as itself."""
+    kind, colon, parts = device.partition(":")
+    if kind not in _OPENVINO_COMPOSITE:
+        return [device]
+    return parts.split(",") if colon else [] if kind == "AUTO" else [device]
+
+
+def _is_there(device: str, known: Sequence[str]) -> bool:
+    """OpenVINO calls the first GPU either GPU or GPU.0, and takes both."""
+    return device in known or f"{device}.0" in known or (device == "GPU.0" and "GPU" in known)
+
+
 def onnxruntime_providers(wanted: Sequence[str] | None) -> list[str]:
     """``wanted``, or by default CUDA where it is there, then the CPU."""
     available = onnxruntime.get_available_providers()
@@ -72,8 +103,8 @@ class OnnxRuntimeSession:
 
     def __init__(self, path: Path, *, providers: Sequence[str] | None = None) -> None:
         """Raises EngineError for a provider that is not available, or that the session silently left out."""
-        available, wanted = onnxruntime.get_available_providers(), onnxruntime_providers(providers)
-        missing = [name for name in wanted if name not in available]
+        wanted = onnxruntime_providers(providers)
+        missing, available = missing_providers("onnxruntime", wanted)
         if missing:
             raise EngineError(
                 f"provider {', '.join(missing)} is not available; this onnxruntime has {', '.join(available)}"
@@ -148,13 +179,14 @@ class OpenVinoSession:
             raise MissingDependencyError("openvino", "openvino", "target openvino") from error
         self._openvino, self._core = openvino, openvino.Core()
         self._device = (providers or ["CPU"])[0]
-        if self._device not in self._core.available_devices:
-            known = ", ".join(self._core.available_devices)
-            raise EngineError(f"device {self._device} is not available; OpenVINO sees {known}")
-        able = "BF16" in self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
+        missing, known = missing_providers("openvino", [self._device])
+        if missing:
+            raise EngineError(f"device {self._device} is not available; OpenVINO sees {', '.join(known)}")
+        devices = device_parts(self._device) or ["AUTO"]
+        able = all("BF16" in self._core.get_property(name, "OPTIMIZATION_CAPABILITIES") for name in devices)
         precision = "bf16" if compute == "bfloat16" and able else "f32"
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
-        if self._device == "CPU":
+        if {"CPU", "AUTO"} & set(devices):
             self._settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         self._path, self._static_shapes = path, static_shapes
         try:

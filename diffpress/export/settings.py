@@ -26,7 +26,7 @@ class ExportConfig:
     width: Pixels | None = None
     """Image width in pixels; null: the model's own."""
     providers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Execution providers or devices of the run-time in order of preference; null: the target's default."""
+    """Execution providers or devices of the run-time in order of preference; null: the target's default. OpenVINO takes one, such as ``AUTO:GPU,CPU``; TensorRT too, such as ``cuda:0``."""  # noqa: E501
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of what is not in 8 bits; bfloat16 for OpenVINO on CPUs that have it."""
     version_compatible: bool = False
@@ -42,4 +42,7 @@ class ExportConfig:
             raise ValueError(f"version_compatible is for target tensorrt; target is {self.target}")
         if self.compute != "float32" and self.target != "openvino":
             raise ValueError(f"compute {self.compute} is for target openvino; target is {self.target}")
+        if self.target != "onnxruntime" and len(self.providers or ()) > 1:
+            example = ", which may be composed, as 'AUTO:GPU,CPU'" if self.target == "openvino" else ""
+            raise ValueError(f"providers {list(self.providers or ())}: target {self.target} takes one device{example}")
         return self

@@ -23,6 +23,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from diffpress.errors import EngineError, InfrastructureError, MissingDependencyError
+from diffpress.export.session import missing_providers
 
 logger = logging.getLogger(__name__)
 
@@ -253,9 +254,9 @@ def _import_tensorrt() -> Any:
 def _cuda_device(providers: Sequence[str] | None) -> torch.device:
     if not torch.cuda.is_available():
         raise EngineError("target tensorrt needs a CUDA device, and torch sees none")
-    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     device = providers[0] if providers else f"cuda:{torch.cuda.current_device()}"
-    if device not in devices:
+    missing, devices = missing_providers("tensorrt", [device])
+    if missing:
         raise EngineError(f"device {device} is not available; torch sees {', '.join(devices)}")
     return torch.device(device)
 

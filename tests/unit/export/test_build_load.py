@@ -232,6 +232,26 @@ def test_what_cannot_be_built_is_refused_first(dit, monkeypatch):
         check_export(dit, ExportConfig(target="openvino"))
 
 
+@pytest.mark.parametrize(
+    ("target", "good", "bad", "has"),
+    [
+        ("onnxruntime", "CPUExecutionProvider", "NoSuchProvider", "CPUExecutionProvider"),
+        ("openvino", "AUTO:CPU", "NPU7", "CPU"),
+        ("openvino", "HETERO:CPU", "HETERO:NPU7,CPU", "CPU"),
+    ],
+)
+def test_a_provider_that_is_not_on_this_machine_is_refused_first(dit, target, good, bad, has):
+    check_export(dit, ExportConfig(target=target, providers=(good,)))
+    with pytest.raises(ConfigError, match=rf"providers {bad}: not available to {target} .* which has .*{has}"):
+        check_export(dit, ExportConfig(target=target, providers=(bad,)))
+
+
+def test_a_target_that_takes_one_device_refuses_two():
+    assert ExportConfig(providers=("CUDAExecutionProvider", "CPUExecutionProvider")).providers
+    with pytest.raises(ValueError, match=r"providers \['GPU', 'CPU'\]: target openvino takes one device"):
+        ExportConfig(target="openvino", providers=("GPU", "CPU"))
+
+
 def test_a_folder_that_is_no_engine(tmp_path):
     with pytest.raises(ArtifactError, match=r"is not a built engine.*diffpress\.json is missing"):
         load(tmp_path)

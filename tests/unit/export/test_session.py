@@ -1,6 +1,7 @@
 """Two run-times read one file; what they cannot do they say."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from torch import nn
 from diffpress.errors import ConfigError, EngineError, MissingDependencyError, PrecisionError
 from diffpress.export.graph import export_graph
 from diffpress.export.parity import check_compute, check_precision
-from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, open_session
+from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, missing_providers, open_session
 from diffpress.quantize.modules import Activation, quantized
 from diffpress.targets import TARGETS
 
@@ -101,6 +102,39 @@ def test_a_shape_the_engine_was_not_built_for(files, target):
 def test_a_provider_that_is_not_there(files, target):
     with pytest.raises(EngineError, match=r"NoSuchProvider is not available; .* CPU"):
         open_session(files["float"], target=target, providers=["NoSuchProvider"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "there"),
+    [
+        ("CPU", ["CPU"], True),
+        ("AUTO", ["CPU"], True),
+        ("AUTO:CPU", ["CPU"], True),
+        ("HETERO:GPU.1,CPU", ["CPU", "GPU.0", "GPU.1"], True),
+        ("GPU", ["CPU", "GPU.0", "GPU.1"], True),
+        ("GPU.0", ["CPU", "GPU"], True),
+        ("GPU.1", ["CPU", "GPU"], False),
+        ("NPU7", ["CPU"], False),
+        ("HETERO:GPU,CPU", ["CPU"], False),
+        ("AUTO:NPU7", ["CPU"], False),
+        ("AUTO:", ["CPU"], False),
+        ("HETERO", ["CPU"], False),
+        ("CPU.0", ["CPU"], False),
+        ("cpu", ["CPU"], False),
+    ],
+)
+def test_devices_of_openvino_count_by_their_parts(monkeypatch, wanted, known, there):
+    monkeypatch.setattr(openvino, "Core", lambda: SimpleNamespace(available_devices=known))
+    assert missing_providers("openvino", [wanted]) == ([] if there else [wanted], known)
+
+
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "HETERO:CPU"])
+def test_a_composite_device_runs(files, device, relative):
+    session = OpenVinoSession(files["int8"], providers=[device])
+    with torch.no_grad():
+        assert relative(session(INPUTS)[0], Small(int8=True)(*INPUTS.values())) < 1e-4
+    assert session.quantized_ops() == 1
+    assert f", {device}, " in session.provider
 
 
 def test_it_says_what_runs(files):
