@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT, Progress
 from diffpress.targets import Target
@@ -21,6 +23,19 @@ class Context:
     plan: SamplingPlan
     batch_size: int = 8
     progress: Progress = field(default=SILENT)
+    pool: Sequence[Any] | None = None
+    """Conditions that a training draws from; None: all that the generator knows."""
+    work: Path | None = None
+    """Folder for what a killed stage goes on from; gone once the stage is done."""
+    train_seed: int = 0
+    """Seed of everything that a training draws."""
+
+    def work_folder(self) -> Path:
+        """``work``, made; ConfigError where a stage that trains was given none."""
+        if self.work is None:
+            raise ConfigError("a stage that trains needs a folder for its checkpoints: give Context(work=...)")
+        self.work.mkdir(parents=True, exist_ok=True)
+        return self.work
 
     def run(self, generator: Generator, label: str) -> None:
         """Sample every condition over the whole schedule, both branches; hooks see the calls, nothing is kept."""
@@ -46,7 +61,11 @@ class Applied:
 
 
 class Stage(Protocol):
-    """One step of a recipe: ``check`` is cheap and raises ConfigError; ``apply`` works in place."""
+    """One step of a recipe: ``check`` is cheap and raises ConfigError; ``apply`` works in place.
+
+    A stage needs the denoiser in float, and so comes before those that quantize it, unless its config has a true
+    ``after_quantization``. A config says what its stage quantizes by ``quantizes``, a part's name as in `Applied.part`.
+    """
 
     Config: ClassVar[type]
     config: Any

@@ -14,7 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from diffpress.compress.marks import Document, dotted, read_value, read_yaml
-from diffpress.compress.recipe import Recipe, StageSpec, find_path, portable_path, shipped_recipes
+from diffpress.compress.recipe import Recipe, StageSpec, find_path, misplaced, portable_path, shipped_recipes
 from diffpress.errors import ConfigError, Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -110,6 +110,9 @@ def _stages(document: Document, methods: dict[str, type]) -> tuple[StageSpec, ..
             )
         elif (checked := _checked(methods[method], settings, (*path, method), document)) is not None:
             specs.append(StageSpec(method=method, config=checked))
+    if len(specs) == len(entries):  # else the indices are not those of the file
+        for index, what in misplaced(specs):
+            document.report(("stages", index, specs[index].method), what)
     return tuple(specs)
 
 

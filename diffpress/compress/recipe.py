@@ -6,6 +6,7 @@ how one is written back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -128,9 +129,26 @@ class Recipe:
                 f"{batch} (it is {self.evaluate.batch_size}) and evaluate.samples to a multiple "
                 f"(it is {self.evaluate.samples})"
             )
+        wrong += [what for _, what in misplaced(self.stages)]
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+
+def misplaced(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
+    """(index, what is wrong) of each stage that needs the denoiser in float after one that has quantized it.
+
+    See `Stage` for what a config may say of this.
+    """
+    quantizer, wrong = None, []
+    for index, stage in enumerate(stages):
+        name = f"stages.{index}.{stage.method}"
+        if quantizer is not None and not getattr(stage.config, "after_quantization", False):
+            what = f"{name}: needs the denoiser in float, but {quantizer} has quantized it"
+            wrong.append((index, f"{what}; allowed: before {quantizer}, or only one of the two"))
+        elif getattr(stage.config, "quantizes", None) == "denoiser":
+            quantizer = quantizer or name
+    return wrong
 
 
 def recipes_folder() -> Path:

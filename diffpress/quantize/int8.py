@@ -48,6 +48,7 @@ SENSITIVE = (
 class Int8Config:
     """What is quantized, and how activation ranges are found."""
 
+    quantizes: ClassVar[str] = "denoiser"
     activations: Literal["static", "dynamic"] = "static"
     """static: one range a tensor, observed over the whole schedule and both guidance branches; dynamic: at run time."""
     observer: Observer = "mse"

@@ -30,6 +30,7 @@ TEXT_STEPS = 2  # a text encoder sees the same prompts whatever the schedule
 class WeightsConfig:
     """Which weights, and how many bits."""
 
+    after_quantization: ClassVar[bool] = True
     bits: Literal[8, 4] = 8
     """Bits of a weight; embedding tables take 8 in any case."""
     group: Literal[32, 64, 128] | None = None
@@ -48,6 +49,10 @@ class WeightsConfig:
         if self.bits == 4 and self.group is None:
             raise ValueError("bits 4 needs a group: 32, 64 or 128")
         return self
+
+    @property
+    def quantizes(self) -> str:
+        return self.component
 
 
 class Weights:
