@@ -63,7 +63,7 @@ def to_eps(output: Tensor, x_t: Tensor, *, alpha: Tensor, sigma: Tensor, kind: P
 
 
 def target(x_0: Tensor, eps: Tensor, *, alpha: Tensor, sigma: Tensor, kind: Parameterization) -> Tensor:
-    """Eps | alpha eps - sigma x_0 | eps - x_0 | x_0: what a network of this ``kind`` outputs for a known pair.
+    """eps | alpha eps - sigma x_0 | eps - x_0 | x_0: what a network of this ``kind`` outputs for a known pair.
 
     No division, so it holds at every level, both ends included. Raises ValueError for a ``kind`` that is none of the
     four.
@@ -85,7 +85,7 @@ def from_x0(x_0: Tensor, x_t: Tensor, *, alpha: Tensor, sigma: Tensor, kind: Par
 
 
 def ddim(x_0: Tensor, eps: Tensor, *, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Alpha x_0 + sigma eps: a known pair at this level, or the deterministic DDIM step to it from two estimates.
+    """alpha x_0 + sigma eps: a known pair at this level, or the deterministic DDIM step to it from two estimates.
 
     Song et al. 2021, eq. 12 without noise: the Euler step of x / alpha in sigma / alpha.
     """
@@ -108,7 +108,7 @@ def chord(
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """U + scale (c - u), classifier-free guidance (Ho & Salimans 2022); scale 1 is the conditional branch alone."""
+    """u + scale (c - u), classifier-free guidance (Ho & Salimans 2022); scale 1 is the conditional branch alone."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -120,7 +120,7 @@ class Level(NamedTuple):
 
 
 def flow_time(*, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """T = sigma / (alpha + sigma), in [0, 1], 1 is noise alone: the name that a noise level has on every path."""
+    """t = sigma / (alpha + sigma), in [0, 1], 1 is noise alone: the name that a noise level has on every path."""
     return sigma / (alpha + sigma)
 
 
@@ -141,7 +141,7 @@ def level(time: Tensor, path: Path) -> Level:
 
 
 def trig_angle(*, alpha: Tensor, sigma: Tensor, sigma_data: float = 1.0) -> Tensor:
-    """Arctan(sigma / (sigma_data alpha)), in [0, pi / 2]: TrigFlow's time at this level (Lu & Song 2024).
+    """arctan(sigma / (sigma_data alpha)), in [0, pi / 2]: TrigFlow's time at this level (Lu & Song 2024).
 
     TrigFlow's network is v on the path vp, with states and x_0 in units of ``sigma_data``.
     """
@@ -149,14 +149,14 @@ def trig_angle(*, alpha: Tensor, sigma: Tensor, sigma_data: float = 1.0) -> Tens
 
 
 def rescale(x_t: Tensor, *, source: Level, to: Level) -> Tensor:
-    """X_t (alpha' + sigma') / (alpha + sigma): the same (x_0, eps) on another path, at an equal sigma / alpha."""
+    """x_t (alpha' + sigma') / (alpha + sigma): the same (x_0, eps) on another path, at an equal sigma / alpha."""
     return x_t * ((to.alpha + to.sigma) / (source.alpha + source.sigma))
 
 
 def convert(
     output: Tensor, x_t: Tensor, *, source: Level, kind: Parameterization, to: Level, to_kind: Parameterization
 ) -> Tensor:
-    """Target(to_x0, to_eps): a network's output as one of another parameterization on another path outputs it.
+    """target(to_x0, to_eps): a network's output as one of another parameterization on another path outputs it.
 
     ``x_t`` and ``output`` belong to the network that was called, at level ``source``; `rescale` made that state from
     the other path's, at level ``to`` of equal sigma / alpha. So a flow network is called as TrigFlow's (flow to v on
@@ -187,7 +187,7 @@ def draw_time(
 
 
 def cm_boundary(sigma: Tensor, *, sigma_min: float = 0.002, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
-    """S_d^2 / ((s - s_min)^2 + s_d^2), (s - s_min) s_d / sqrt(s^2 + s_d^2): c_skip and c_out of consistency models.
+    """s_d^2 / ((s - s_min)^2 + s_d^2), (s - s_min) s_d / sqrt(s^2 + s_d^2): c_skip and c_out of consistency models.
 
     f = c_skip x + c_out F on the path edm, sigma >= sigma_min: f = x at sigma_min. F is the raw network of EDM's
     preconditioning (Song et al. 2023, app. C).
@@ -197,7 +197,7 @@ def cm_boundary(sigma: Tensor, *, sigma_min: float = 0.002, sigma_data: float = 
 
 
 def lcm_boundary(timestep: Tensor, *, scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
-    """S_d^2 / ((k t)^2 + s_d^2), k t / sqrt((k t)^2 + s_d^2): c_skip and c_out of latent consistency models.
+    """s_d^2 / ((k t)^2 + s_d^2), k t / sqrt((k t)^2 + s_d^2): c_skip and c_out of latent consistency models.
 
     f = c_skip x_t + c_out x_0 with the network's x_0 and the discrete timestep t >= 0: f = x_t at 0. The defaults are
     those of diffusers' LCMScheduler, which samples with them (Luo et al. 2023).
@@ -208,7 +208,7 @@ def lcm_boundary(timestep: Tensor, *, scaling: float = 10.0, sigma_data: float =
 
 
 def ect_mapping(sigma: Tensor, stage: int, *, q: float = 2.0) -> Tensor:
-    """Max(0, s (1 - q^-(stage + 1) (1 + 8 sigmoid(-s)))): the less noisy level r that ECT compares level s with.
+    """max(0, s (1 - q^-(stage + 1) (1 + 8 sigmoid(-s)))): the less noisy level r that ECT compares level s with.
 
     ``sigma`` > 0 on the path edm, ``stage`` >= 0, ``q`` > 1; r grows to s with the stage, and is 0, which is diffusion
     training, for small s at early stages (Geng et al. 2024, with k = 8 and b = 1).
@@ -217,7 +217,7 @@ def ect_mapping(sigma: Tensor, stage: int, *, q: float = 2.0) -> Tensor:
 
 
 def pseudo_huber(error: Tensor, c: float) -> Tensor:
-    """Sqrt(mean(e^2) + c^2) - c for each sample, shape [batch]: quadratic below an RMS error of c, linear above.
+    """sqrt(mean(e^2) + c^2) - c for each sample, shape [batch]: quadratic below an RMS error of c, linear above.
 
     ``c`` > 0 is in units of one element, whatever the size: iCT's 0.00054 sqrt(d) on the norm of d elements (Song &
     Dhariwal 2023) is c = 0.00054 here, over sqrt(d); 2-rectified flow++'s 0.00054 d is c = 0.00054 sqrt(d).

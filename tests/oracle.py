@@ -22,11 +22,11 @@ class Gaussian:
     deviation: Tensor
 
     def spread(self, at: Level) -> Tensor:
-        """Sqrt(alpha^2 s^2 + sigma^2), the standard deviation of x_t."""
+        """sqrt(alpha^2 s^2 + sigma^2), the standard deviation of x_t."""
         return ((at.alpha * self.deviation) ** 2 + at.sigma**2).sqrt()
 
     def state(self, noise: Tensor, at: Level) -> Tensor:
-        """Alpha mu + sqrt(alpha^2 s^2 + sigma^2) z: the state on the ODE's path that pure noise z lies on."""
+        """alpha mu + sqrt(alpha^2 s^2 + sigma^2) z: the state on the ODE's path that pure noise z lies on."""
         return at.alpha * self.mean + self.spread(at) * noise
 
     def noise(self, x_t: Tensor, at: Level) -> Tensor:
