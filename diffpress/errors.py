@@ -70,6 +70,12 @@ class SlowEngineError(EngineError):
     exit_code = 1
 
 
+class TrainingError(DiffpressError):
+    """A training cannot go on: its loss is not finite."""
+
+    exit_code = 1
+
+
 class RegressionError(DiffpressError):
     """A gate failed: quality or latency is worse than allowed."""
 

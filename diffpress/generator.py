@@ -98,6 +98,8 @@ class Generator:
             have = ", ".join(sorted(pipeline.components))
             raise CheckpointError(f"{type(pipeline).__name__} has no 'transformer' or 'unet'; its parts are {have}")
         self.denoiser_name = names[0]
+        self.plan: SamplingPlan | None = getattr(pipeline, "sampling_plan", None)
+        """How a distilled generator has to be sampled; None: any way its scheduler can."""
         self._arguments = inspect.signature(type(pipeline).__call__).parameters
         self.conditioning_kind  # noqa: B018 - an unknown family is refused here
         pipeline.set_progress_bar_config(disable=True)
@@ -211,6 +213,12 @@ class Generator:
             raise ConfigError(f"scheduler {name!r} is not in diffusers; this generator can use {known}")
         self.pipeline.scheduler = found.from_config(self.pipeline.scheduler.config)
 
+    def plan_for(self, plan: SamplingPlan) -> SamplingPlan:
+        """``plan`` with the steps, guidance and scheduler that this generator was distilled for, if it was."""
+        if self.plan is None:
+            return plan
+        return replace(plan, steps=self.plan.steps, guidance_scale=self.plan.guidance_scale, scheduler=None)
+
     @property
     def can_resize(self) -> bool:
         """Whether pictures of other sizes than `default_size` can be asked for."""
@@ -259,6 +267,12 @@ class Generator:
                 arguments[name] = value
         return arguments
 
+    @torch.no_grad()
+    def draw(self, conditions: Sequence[Any], *, seeds: Sequence[int], plan: SamplingPlan) -> Any:
+        """What the pipeline itself returns for one batch, its noise from the seeds."""
+        self.use_scheduler(plan.scheduler)
+        return self.pipeline(**self._call_arguments(conditions, seeds, plan))
+
     def sample(
         self,
         conditions: Sequence[Any],
@@ -275,13 +289,12 @@ class Generator:
         """
         if len(conditions) != len(seeds):
             raise ConfigError(f"{len(conditions)} conditions but {len(seeds)} seeds; allowed: one seed for each")
-        self.use_scheduler(plan.scheduler)
         images, latents = [], []
         with progress.task(label, total=len(conditions)) as advance:
             for start in range(0, len(conditions), batch_size):
                 part = slice(start, start + batch_size)
-                with torch.no_grad(), self._decoded() as caught:
-                    output = self.pipeline(**self._call_arguments(conditions[part], seeds[part], plan))
+                with self._decoded() as caught:
+                    output = self.draw(conditions[part], seeds=seeds[part], plan=plan)
                 images.append(_to_uint8(output.images))
                 latents += [latent.float().cpu().numpy() for latent in caught]
                 advance(len(images[-1]))
@@ -311,7 +324,7 @@ class Generator:
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             bound = dict(zip(parameters, args, strict=False)) | kwargs
-            inputs = {name: value for name, value in bound.items() if _has_tensor(value)}
+            inputs = {name: value for name, value in bound.items() if has_tensor(value)}
             constants = {name: value for name, value in bound.items() if name not in inputs and value is not None}
             see(Call(inputs, constants, output[0] if isinstance(output, tuple) else output.sample))
 
@@ -333,30 +346,9 @@ class Generator:
             if limit is not None and len(calls) >= limit:
                 raise _Enough
 
-        self.use_scheduler(plan.scheduler)
-        with torch.no_grad(), self.watch(see), suppress(_Enough):
-            self.pipeline(**self._call_arguments(conditions, seeds, plan))
+        with self.watch(see), suppress(_Enough):
+            self.draw(conditions, seeds=seeds, plan=plan)
         return calls
-
-    def conditioning(
-        self, conditions: Sequence[Any], plan: SamplingPlan
-    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Denoiser inputs of the conditional and the unconditional branch; None where guidance adds no batch.
-
-        Families differ in which half of a guided batch is which: the half equal to an unguided run is conditional.
-        """
-        seeds = range(len(conditions))
-        plain = self.record(conditions, seeds=seeds, plan=replace(plan, guidance_scale=1.0), limit=1)[0].inputs
-        guided = self.record(
-            conditions, seeds=seeds, plan=replace(plan, guidance_scale=max(plan.guidance_scale, 2.0)), limit=1
-        )[0].inputs
-        names = [name for name in plain if name != next(iter(plain)) and "timestep" not in name]
-        alone = {name: plain[name] for name in names}
-        size, full = len(next(iter(plain.values()))), len(next(iter(guided.values())))
-        if full != 2 * size:
-            return alone, None
-        halves = [{name: _half(guided[name], size, first) for name in names} for first in (True, False)]
-        return alone, halves[1] if _equal(halves[0], alone) else halves[0]
 
     def index(self) -> dict[str, Any]:
         """What ``model_index.json`` says of the pipeline, its class names included (DiTPipeline itself drops them)."""
@@ -373,17 +365,8 @@ class Generator:
         (folder / "model_index.json").write_text(json.dumps(self.index(), indent=2, sort_keys=True) + "\n", "utf8")
 
 
-def _half(value: Any, size: int, first: bool) -> Any:
-    part = slice(0, size) if first else slice(size, None)
-    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor[part], value)
-
-
-def _equal(left: Any, right: Any) -> bool:
-    pairs = zip(torch.utils._pytree.tree_leaves(left), torch.utils._pytree.tree_leaves(right), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
-
-
-def _has_tensor(value: Any) -> bool:
+def has_tensor(value: Any) -> bool:
+    """Whether a tensor is in a pytree."""
     return any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(value))
 
 

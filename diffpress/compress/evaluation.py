@@ -29,7 +29,8 @@ from diffpress.eval.replicates import (
 from diffpress.generator import Generator, Samples, SamplingPlan
 from diffpress.progress import Progress
 
-CALIBRATION_SEED, REFERENCE_SEED = 1_000_000, 2_000_000  # distances from the seeds of the compared pictures
+# Distances from the seeds of the compared pictures; held-out records of a training are 5,000,000 further.
+CALIBRATION_SEED, REFERENCE_SEED, TRAINING_SEED = 1_000_000, 2_000_000, 10_000_000
 
 
 def plan_of(recipe: Recipe) -> SamplingPlan:
@@ -57,7 +58,7 @@ def sample_to(
     samples = generator.sample(
         conditions_of(recipe, generator, count),
         seeds=range(first_seed, first_seed + count),
-        plan=plan_of(recipe),
+        plan=generator.plan_for(plan_of(recipe)),
         batch_size=recipe.evaluate.batch_size,
         progress=progress,
         label=label,

@@ -1,5 +1,6 @@
 """The methods table: every stage a recipe can name."""
 
+from diffpress.distill.reflow import Reflow
 from diffpress.quantize.int8 import Int8
 from diffpress.quantize.reparam import Reparam
 from diffpress.quantize.smooth import Smooth
@@ -7,6 +8,7 @@ from diffpress.quantize.weights import Weights
 from diffpress.stage import Stage
 
 METHODS: dict[str, type[Stage]] = {
+    "distill.reflow": Reflow,
     "quantize.int8": Int8,
     "quantize.reparam": Reparam,
     "quantize.smooth": Smooth,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from diffpress.compress.assemble import ENGINE, MIB, Found, assemble, now, plain
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.methods import METHODS
 from diffpress.compress.page import write_report
-from diffpress.compress.recipe import Recipe, dump_recipe, find_path
+from diffpress.compress.recipe import Recipe, dump_recipe, find_path, read_prompts
 from diffpress.compress.report import Latency, Metric, Report
 from diffpress.errors import ArtifactError, SlowEngineError
 from diffpress.eval.latency import size_on_disk
@@ -72,9 +73,9 @@ class Run:
         evaluation.check_evaluation(self.recipe)
         timing.check_baselines(self.recipe.evaluate.baselines)
 
-    def context(self) -> Context:
+    def context(self, generator: Generator, work: Path | None = None) -> Context:
         """Calibration runs: other seeds than the compared pictures', the final schedule unless told otherwise."""
-        chosen, plan = self.recipe.calibration, evaluation.plan_of(self.recipe)
+        chosen, plan = self.recipe.calibration, generator.plan_for(evaluation.plan_of(self.recipe))
         changes: dict[str, Any] = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
         first = self.recipe.seed + evaluation.CALIBRATION_SEED
         return Context(
@@ -84,10 +85,13 @@ class Run:
             plan=dataclasses.replace(plan, **{name: value for name, value in changes.items() if value is not None}),
             batch_size=chosen.batch_size,
             progress=self.progress,
+            pool=read_prompts(self.recipe.evaluate.prompts),
+            work=work,
+            train_seed=self.recipe.seed + evaluation.TRAINING_SEED,
         )
 
     def base_key(self) -> str:
-        context = self.context()
+        context = self.context(self.original)
         calibration = [context.conditions, list(context.seeds), dataclasses.asdict(context.plan), context.batch_size]
         return fingerprint(__version__, self.model_hash, self.target.name, calibration)
 
@@ -100,8 +104,10 @@ class Run:
         generator, pending = self._restore(keys)
         for number in pending:
             name, stage = self.stages[number]
-            work = partial(self._apply, generator, stage)
-            self.artifact.step(stage_name(number, name), keys[number], f"stages/{stage_name(number, name)}", work)
+            place = stage_name(number, name)
+            scratch = self.artifact.folder / "work" / f"{place}-{keys[number][:12]}"
+            self.artifact.step(place, keys[number], f"stages/{place}", partial(self._apply, generator, stage, scratch))
+            shutil.rmtree(scratch, ignore_errors=True)
         self.artifact.step(ENGINE, keys[-1], ENGINE, partial(self._export, generator))
 
     def _keys(self) -> list[str]:
@@ -131,9 +137,9 @@ class Run:
             load_weights(generator.part(part), file)
         return generator, list(range(finished, len(self.stages)))
 
-    def _apply(self, generator: Generator, stage: Stage, folder: Path) -> dict[str, Any]:
+    def _apply(self, generator: Generator, stage: Stage, scratch: Path, folder: Path) -> dict[str, Any]:
         stage.check(generator, self.target)
-        applied = stage.apply(generator, self.context())
+        applied = stage.apply(generator, self.context(generator, scratch))
         folder.mkdir()
         save_weights(generator.part(applied.part), folder / f"{applied.part}.safetensors")
         write_json(folder / "metadata.json", applied.metadata)
@@ -149,7 +155,7 @@ class Run:
             generator,
             folder,
             self.recipe.export,
-            plan=evaluation.plan_of(self.recipe),
+            plan=generator.plan_for(evaluation.plan_of(self.recipe)),
             conditions=evaluation.conditions_of(self.recipe, self.original, 2),
             progress=self.progress,
         )
@@ -274,7 +280,7 @@ def measure_candidates(work: Run, engine: Generator, *, rounds: int) -> tuple[La
     candidates = {"engine": timing.Candidate(engine)}
     candidates |= {name: timing.baseline(name, stock) for name in recipe.evaluate.baselines}
     for candidate in candidates.values():
-        candidate.generator.use_scheduler(recipe.evaluate.scheduler)
+        candidate.generator.use_scheduler(candidate.generator.plan_for(evaluation.plan_of(recipe)).scheduler)
     memory = timing.memory_of({"engine": work.artifact.folder / ENGINE, "eager": work.source}, recipe, work.progress)
     return timing.measure(candidates, work.original, recipe, rounds=rounds, memory=memory, progress=work.progress)
 

@@ -76,22 +76,23 @@ def measure(
     progress: Progress,
 ) -> tuple[Latency, ...]:
     """One whole picture and one denoiser call of every candidate, timed in turns; ``memory`` by candidate, MiB."""
-    plan = plan_of(recipe)
     rows: list[Latency] = []
     batch = timed_batch(recipe)
     conditions = conditions_of(recipe, original, batch)
+    plans = {candidate: candidate.generator.plan_for(plan_of(recipe)) for candidate in candidates.values()}
 
     def whole(candidate: Candidate) -> Callable[[], object]:
         def call() -> object:
             with candidate.setting():
-                return candidate.generator.sample(conditions, seeds=range(batch), plan=plan, batch_size=batch)
+                return candidate.generator.sample(
+                    conditions, seeds=range(batch), plan=plans[candidate], batch_size=batch
+                )
 
         return call
 
-    recorded = original.record(conditions, seeds=range(batch), plan=plan, limit=1)[0]
-
     def denoise(candidate: Candidate) -> Callable[[], object]:
         denoiser = candidate.generator.denoiser
+        recorded = original.record(conditions, seeds=range(batch), plan=plans[candidate], limit=1)[0]
         inputs = pytree.tree_map_only(
             Tensor, lambda x: x.to(denoiser.dtype) if x.is_floating_point() else x, recorded.inputs
         )
@@ -135,7 +136,7 @@ def memory_of(sources: dict[str, Path], recipe: Recipe, progress: Progress) -> d
 def _one_picture(source: Path, recipe: Recipe, threads: int) -> float:
     torch.set_num_threads(threads)
     generator = Generator(load(source)) if (source / "diffpress.json").is_file() else Generator.load(source)
-    batch, plan = timed_batch(recipe), plan_of(recipe)
+    batch, plan = timed_batch(recipe), generator.plan_for(plan_of(recipe))
     conditions = conditions_of(recipe, generator, batch)
     return peak_memory(
         lambda: generator.sample(conditions, seeds=range(batch), plan=plan, batch_size=batch)

@@ -23,6 +23,7 @@ from diffpress.export.parity import (
     check_compute,
     check_precision,
     compare,
+    compare_resized,
 )
 from diffpress.export.session import missing_providers, open_session, runs_on_cpu
 from diffpress.export.settings import ExportConfig
@@ -180,6 +181,7 @@ def _write_pipeline(
         "parameters": list(inspect.signature(generator.denoiser.forward).parameters),
         "parts": [{"role": part.role, "folder": part.folder, "attribute": part.attribute} for part in parts],
         "plan": dataclasses.asdict(plan),
+        "distilled": generator.plan is not None,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
@@ -211,5 +213,7 @@ def _prove(
     pairs = [(part.flat_inputs(), part.outputs), *(calls if part.role == "denoiser" else [])]
     exact = settings.compute == "float32" and not has_codes(getattr(generator.pipeline, part.attribute))
     parity = compare(part.folder, session, pairs, tolerance=FLOAT_TOLERANCE if exact else ROUNDED_TOLERANCE)
+    if part.resized is not None:
+        parity = compare_resized(session, parity, part.resized)
     found = check_precision(part.folder, session, wanted) if wanted else 0
     return parity, session.provider, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -16,7 +17,7 @@ from diffpress.errors import ArtifactError
 from diffpress.export.build import MANIFEST
 from diffpress.export.modules import EngineAutoencoder, EngineDenoiser, EngineTextEncoder
 from diffpress.export.session import open_session
-from diffpress.generator import quiet_loading
+from diffpress.generator import SamplingPlan, quiet_loading
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,29 @@ def load(
     pipeline.providers = {name: session.provider for name, (session, _, _) in parts.items()}
     for name, provider in pipeline.providers.items():
         logger.info("%s runs on %s", name, provider)
+    if manifest.get("distilled"):
+        keep_plan(pipeline, SamplingPlan(**manifest["plan"]))
     return pipeline
+
+
+def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
+    """Make the plan that a student was distilled for the default of its pipeline; other settings are warned of."""
+    kind, wanted = type(pipeline), {"num_inference_steps": plan.steps, "guidance_scale": plan.guidance_scale}
+    signature = inspect.signature(kind.__call__)
+    known = {name: value for name, value in wanted.items() if name in signature.parameters}
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        for name, value in known.items():
+            if given.get(name, value) != value:
+                logger.warning("distilled for %s=%g, called with %g: expect worse pictures", name, value, given[name])
+        return kind.__call__(
+            self, *args, **{name: value for name, value in known.items() if name not in given}, **kwargs
+        )
+
+    pipeline.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    pipeline.sampling_plan = plan
 
 
 def _engines(parts: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:

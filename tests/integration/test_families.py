@@ -26,7 +26,8 @@ from tiny import (
 from transformers import CLIPTextModelWithProjection
 
 import diffpress
-from diffpress.errors import EngineError
+from diffpress.denoise import encode
+from diffpress.errors import EngineError, ParityError
 from diffpress.export.build import export
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan
@@ -126,6 +127,13 @@ FAMILIES = {
 
 
 BUILT = FAMILIES
+# Calls compared with torch: one and, for the denoiser, two of a run; with a free size one more at another size.
+RESIZED = {"text_encoder": 1, "text_encoder_2": 1, "vae_decoder": 2, "vae_encoder": 2}
+CALLS = {
+    "sdxl": {**RESIZED, "unet": 4},
+    "pixart": {"text_encoder": 1, "transformer": 3, "vae_decoder": 1, "vae_encoder": 1},
+    "flux": {**RESIZED, "transformer": 4},
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -148,8 +156,9 @@ def built(folder):
     for stage in (*smooth, Int8(Int8Config())):
         stage.check(generator, context.target)
         stage.apply(generator, context)
-    settings = ExportConfig(size="dynamic" if name == "sdxl" else "static")
-    export(generator, output, settings, plan=PLAN, conditions=conditions[:2])
+    settings = ExportConfig(size="static" if name == "pixart" else "dynamic")
+    done = export(generator, output, settings, plan=PLAN, conditions=conditions[:2])
+    assert {item.component: item.calls for item in done.parity} == CALLS[name]
     return name, generator, Generator.load(place), output
 
 
@@ -160,13 +169,13 @@ def test_is_read_from_the_pipeline_itself(folder):
     conditions = generator.conditions(2, ["a cat", "a dog"])
     assert generator.conditioning_kind == "text"
     assert generator.schedule.parameterization == parameterization
-    alone, without = generator.conditioning(conditions, plan=PLAN)
-    assert set(alone) == inputs
+    alone, without = encode(generator, conditions, PLAN)
+    assert set(alone.tensors) == inputs
     if name == "flux":  # guidance is an input of the network
         assert without is None
     else:
         assert without is not None
-        assert not torch.equal(alone["encoder_hidden_states"], without["encoder_hidden_states"])
+        assert not torch.equal(alone.tensors["encoder_hidden_states"], without.tensors["encoder_hidden_states"])
     assert len(generator.record(conditions, seeds=[0, 1], plan=PLAN)) == PLAN.steps
     assert generator.sample(conditions, seeds=[0, 1], plan=OTHER).images.shape == (2, 24, 32, 3)
 
@@ -190,7 +199,7 @@ def test_the_engine_draws_what_torch_draws(built, relative):
 def test_another_size(built, relative):
     name, quantized, _, output = built
     engine = Generator(diffpress.load(output))
-    if name != "sdxl":
+    if name == "pixart":
         with pytest.raises(EngineError, match="refuses"):
             engine.sample(["a cat"], seeds=[0], plan=OTHER)
         return
@@ -199,3 +208,10 @@ def test_another_size(built, relative):
     )
     assert of_engine.shape == (1, 4, 12, 16)
     assert relative(of_engine, of_torch) < 1e-2
+
+
+@pytest.mark.parametrize("folder", ["pixart"], indirect=True)
+def test_a_network_with_its_size_baked_in_is_named(folder, tmp_path):
+    generator = Generator.load(folder[1])
+    with pytest.raises(ParityError, match=r"'dynamic': transformer .* allowed for this model: static"):
+        export(generator, tmp_path, ExportConfig(size="dynamic"), plan=PLAN, conditions=generator.conditions(2))

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from diffpress.denoise import encode
 from diffpress.errors import CheckpointError, ConfigError
 from diffpress.generator import Generator, SamplingPlan, patched
 
@@ -165,21 +166,23 @@ def test_no_conditions(sd):
 
 
 def test_conditional_half_of_a_class_batch_is_the_first(dit, plan):
-    conditional, unconditional = dit.conditioning([2, 3], plan)
-    assert conditional["class_labels"].tolist() == [2, 3]
-    assert unconditional["class_labels"].tolist() == [1000, 1000]
+    conditional, unconditional = encode(dit, [2, 3], plan)
+    assert conditional.tensors["class_labels"].tolist() == [2, 3]
+    assert unconditional.tensors["class_labels"].tolist() == [1000, 1000]
 
 
 def test_conditional_half_of_a_text_batch_is_the_second(sd, plan):
-    conditional, unconditional = sd.conditioning(["a cat", "an owl"], plan)
+    conditional, unconditional = encode(sd, ["a cat", "an owl"], plan)
     embed = sd.pipeline.encode_prompt(["a cat", "an owl"], "cpu", 1, True)
-    torch.testing.assert_close(conditional["encoder_hidden_states"], embed[0])
-    torch.testing.assert_close(unconditional["encoder_hidden_states"], embed[1])
+    torch.testing.assert_close(conditional.tensors["encoder_hidden_states"], embed[0])
+    torch.testing.assert_close(unconditional.tensors["encoder_hidden_states"], embed[1])
     assert not torch.equal(embed[0], embed[1])
 
 
 def test_no_guidance_no_second_half(ddpm, plan):
-    assert ddpm.conditioning([None], plan) == ({}, None)
+    conditional, unconditional = encode(ddpm, [None], plan)
+    assert conditional.tensors == {}
+    assert unconditional is None
 
 
 def test_record_keeps_copies_of_every_call(any_generator, plan, first_call):

@@ -1,0 +1,185 @@
+"""The denoiser outside its pipeline: what it is given beside x_t and t, calls of it, and whole trajectories."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from diffpress.errors import ConfigError
+from diffpress.generator import Generator, SamplingPlan, has_tensor, patched
+
+_FIRST_ORDER_CALLS = (  # deterministic diffusers solvers that call the network once in a step
+    "DDIMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+_TIME_NAMES = ("timestep", "timesteps")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Denoiser inputs beside x_t and t for ``size`` conditions: ``tensors`` as a pytree, and other ``constants``."""
+
+    size: int
+    tensors: dict[str, Any]
+    constants: dict[str, Any]
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The conditions ``index`` [n], int64; tensors without a batch axis (position ids) are shared by all."""
+        take = pytree.tree_map_only(Tensor, lambda x: x[index] if x.dim() and len(x) == self.size else x, self.tensors)
+        return Conditioning(len(index), take, self.constants)
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same on another device."""
+        moved = pytree.tree_map_only(Tensor, lambda x: x.to(device), self.tensors)
+        return Conditioning(self.size, moved, self.constants)
+
+
+class _Caught(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a sampling run from within a hook."""
+
+
+@contextmanager
+def _inputs(network: nn.Module, see: Any) -> Iterator[None]:
+    """Show the inputs of every call to ``see``, by name and before the network runs."""
+    names = list(inspect.signature(network.forward).parameters)
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        see(dict(zip(names, args, strict=False)) | kwargs)
+
+    handle = network.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def first_inputs(generator: Generator, conditions: Sequence[Any], plan: SamplingPlan) -> dict[str, Any]:
+    """What the network is given in the first call of a run, by name; the network itself does not run."""
+    caught: dict[str, Any] = {}
+
+    def see(inputs: dict[str, Any]) -> None:
+        caught.update(pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+        raise _Caught
+
+    with torch.no_grad(), _inputs(generator.denoiser, see), suppress(_Caught):
+        generator.draw(conditions, seeds=range(len(conditions)), plan=plan)
+    return caught
+
+
+def encode(
+    generator: Generator, conditions: Sequence[Any], plan: SamplingPlan
+) -> tuple[Conditioning, Conditioning | None]:
+    """Denoiser inputs of the conditional and the unconditional branch; None where guidance adds no batch.
+
+    Families differ in which half of a guided batch is which: the half equal to an unguided run is conditional.
+    """
+    size, strong = len(conditions), max(plan.guidance_scale, 2.0)
+    plain = first_inputs(generator, conditions, replace(plan, guidance_scale=1.0))
+    guided = first_inputs(generator, conditions, replace(plan, guidance_scale=strong))
+    alone = _conditioning(plain, size)
+    state = next(iter(plain))
+    if len(guided[state]) != 2 * len(plain[state]):
+        return alone, None
+    halves = [_conditioning(_half(guided, len(plain[state]), first), size) for first in (True, False)]
+    return alone, halves[1] if _equal(halves[0].tensors, alone.tensors) else halves[0]
+
+
+def _conditioning(inputs: dict[str, Any], size: int) -> Conditioning:
+    """All inputs but the first, which is x_t, and the time."""
+    kept = {name: value for name, value in list(inputs.items())[1:] if name not in _TIME_NAMES}
+    tensors = {name: value for name, value in kept.items() if has_tensor(value)}
+    return Conditioning(size, tensors, {name: value for name, value in kept.items() if name not in tensors})
+
+
+def _half(value: Any, size: int, first: bool) -> Any:
+    part = slice(0, size) if first else slice(size, None)
+    return pytree.tree_map_only(Tensor, lambda x: x[part] if x.dim() and len(x) == 2 * size else x, value)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(left), pytree.tree_leaves(right), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+def denoise(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """The network's output [n, c, ...] for x_t [n, c, ...] and what it is told of the time, [n].
+
+    Channels beyond those of x_t, which some networks use to predict a variance, are cut off.
+    """
+    state, time = _names(network)
+    inputs = {**conditioning.constants, **conditioning.tensors, state: x_t, time: timesteps, "return_dict": False}
+    return network(**inputs)[0][:, : x_t.shape[1]]
+
+
+def _names(network: nn.Module) -> tuple[str, str]:
+    """What the network calls x_t and the time."""
+    names = list(inspect.signature(getattr(network, "module", network).forward).parameters)
+    return names[0], next(name for name in names if name in _TIME_NAMES)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Every state of one sampling run of a batch.
+
+    ``states`` [steps + 1, n, c, ...], as the network sees them, pure noise first and the finished sample last;
+    ``timesteps`` [steps], what the network is told at each state but the last.
+    """
+
+    states: Tensor
+    timesteps: Tensor
+
+
+def check_solver(generator: Generator, name: str | None = None) -> None:
+    """Raises ConfigError unless the scheduler is deterministic and calls the network once in a step."""
+    scheduler = generator.pipeline.scheduler
+    name = name or type(scheduler).__name__
+    stochastic = scheduler.config.get("stochastic_sampling") or "sde" in scheduler.config.get("algorithm_type", "")
+    if name not in _FIRST_ORDER_CALLS or stochastic:
+        what = f"{name} with noise" if stochastic else name
+        raise ConfigError(
+            f"solver {what} is stochastic or calls the network more than once in a step; "
+            f"allowed: {', '.join(_FIRST_ORDER_CALLS)}, without noise"
+        )
+
+
+def trajectory(
+    generator: Generator, conditions: Sequence[Any], *, seeds: Sequence[int], plan: SamplingPlan
+) -> Trajectory:
+    """Solve the probability-flow ODE with the generator's scheduler, from noise by seed; nothing is decoded.
+
+    Raises ConfigError for a scheduler that `check_solver` refuses.
+    """
+    generator.use_scheduler(plan.scheduler)
+    check_solver(generator)
+    scheduler, count = generator.pipeline.scheduler, len(conditions)
+    states: list[Tensor] = []
+    times: list[Tensor] = []
+    state, time = _names(generator.denoiser)
+    step = scheduler.step
+
+    def see(inputs: dict[str, Any]) -> None:
+        states.append(inputs[state][:count].float())  # guidance doubles the batch; both halves hold the same state
+        times.append(torch.as_tensor(inputs[time]).flatten()[0])
+
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if len(times) == len(scheduler.timesteps):
+            final = result[0] if isinstance(result, tuple) else result.prev_sample
+            states.append(final[:count].float())
+            raise _Caught
+        return result
+
+    with torch.no_grad(), _inputs(generator.denoiser, see), patched(scheduler, "step", stepping), suppress(_Caught):
+        generator.draw(conditions, seeds=seeds, plan=plan)
+    return Trajectory(torch.stack(states), torch.stack(times))

@@ -1,0 +1,1 @@
+"""Step distillation: students that need one, two or four denoiser calls."""

@@ -1,0 +1,255 @@
+"""The pair store: noise, sample and the states between, of a teacher's deterministic sampling runs, on disk.
+
+One record is one condition, one seed, and the states at the edges of M phases: with M = 1 the classical pair of noise
+and sample (Liu et al. 2022, Rectified Flow), with M > 1 what phase-wise training needs (Wang et al. 2024, Rectified
+Diffusion). Records are written in shards, each whole or not at all; the noise of record i comes from seed i alone, so
+neither batch size nor the number of workers nor a killed run changes what is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffpress.artifact import file_hash, fingerprint, read_json, write_json
+from diffpress.config import config
+from diffpress.denoise import check_solver, first_inputs, trajectory
+from diffpress.diffusion import Schedule
+from diffpress.errors import ArtifactError, ConfigError, InfrastructureError
+from diffpress.generator import Generator, SamplingPlan
+from diffpress.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+MANIFEST, FORMAT = "manifest.json", 1
+_HELD_OUT_SEED = 5_000_000  # distance from the seeds of the records that are trained on
+
+
+@config
+class PairSettings:
+    """The teacher's sampling runs that a student learns from."""
+
+    count: Annotated[int, Field(ge=8)] = 4096
+    """Records to train on."""
+    held_out: Annotated[int, Field(ge=2)] = 128
+    """Records that are never trained on; the error that is reported is theirs."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 24
+    """Steps of the teacher's solver."""
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    """Guidance of the teacher, baked into the student; null: as the calibration runs."""
+    scheduler: str | None = None
+    """Deterministic diffusers scheduler that calls the network once a step; null: the teacher's own."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Records sampled at once."""
+    shard: Annotated[int, Field(ge=1)] = 512
+    """Records in one file."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the teacher's network runs; states are stored in float32 either way."""
+    folder: str | None = None
+    """Where the records are kept, to be used again by other students of the same teacher; null: inside the run."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One level at which states are stored: x = alpha x_0 + sigma eps; ``timestep`` is what the network is told."""
+
+    alpha: float
+    sigma: float
+    timestep: float | None
+    """None at the end, where no network is called any more."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Records in memory: ``states`` float32 [n, phases + 1, c, ...], noise first; ``conditions`` and seeds [n]."""
+
+    states: Tensor
+    conditions: list[Any]
+    seeds: list[int]
+    edges: tuple[Edge, ...]
+
+    @property
+    def phases(self) -> int:
+        return len(self.edges) - 1
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+def solver_plan(settings: PairSettings, plan: SamplingPlan) -> SamplingPlan:
+    """The plan of the teacher's runs: ``plan`` with what the settings say."""
+    changes = {name: getattr(settings, name) for name in ("steps", "guidance_scale")}
+    return replace(plan, scheduler=None, **{name: value for name, value in changes.items() if value is not None})
+
+
+def edges_of(schedule: Schedule, timesteps: Tensor, phases: int) -> tuple[Edge, ...]:
+    """The edges of ``phases`` equal groups of the solver's ``timesteps`` [steps], and the clean end.
+
+    Raises ConfigError for a timestep that is not on the training grid.
+    """
+    edges = []
+    for value in timesteps[:: len(timesteps) // phases].double().tolist():
+        distance, index = (schedule.timesteps - value).abs().min(0)
+        if distance > 1e-3 * len(schedule.timesteps):
+            raise ConfigError(f"solver's timestep {value:g} is not on the training grid: use trailing spacing")
+        edges.append(Edge(float(schedule.alphas[index]), float(schedule.sigmas[index]), value))
+    return (*edges, Edge(1.0, 0.0, None))
+
+
+class PairStore:
+    """A folder of records of one teacher, made as far as they are not there yet."""
+
+    def __init__(self, folder: Path, teacher: Generator, settings: PairSettings, plan: SamplingPlan) -> None:
+        self.folder, self.teacher, self.settings = folder, teacher, settings
+        self.plan = solver_plan(settings, plan)
+
+    def collect(
+        self, conditions: Sequence[Any], phases: int, *, seed: int = 0, progress: Progress
+    ) -> tuple[Pairs, Pairs]:
+        """Records to train on and held-out ones, ``conditions`` in turn; what is on disk already is not made again.
+
+        Raises ArtifactError when the folder holds the records of another teacher, plan or list of conditions, or a
+        damaged shard, and InfrastructureError when the disk is too small.
+        """
+        check_solver(self.teacher)
+        identity = self._identity(conditions, phases, seed)
+        self._claim(identity, conditions, phases)
+        parts = []
+        for name, count, first in (
+            ("train", self.settings.count, seed),
+            ("held-out", self.settings.held_out, seed + _HELD_OUT_SEED),
+        ):
+            shards = [
+                (f"{name}-{start:07d}.safetensors", start, min(self.settings.shard, count - start))
+                for start in range(0, count, self.settings.shard)
+            ]
+            self._make(shards, conditions, phases, first, progress)
+            parts.append((name, shards, first))
+        self._seal(identity, [file for _, shards, _ in parts for file, _, _ in shards])
+        train, held_out = (self._read(shards, conditions, first) for _, shards, first in parts)
+        return train, held_out
+
+    def _identity(self, conditions: Sequence[Any], phases: int, seed: int) -> dict[str, Any]:
+        """What decides every byte of the records."""
+        scheduler = self.teacher.pipeline.scheduler
+        return {
+            "format": FORMAT,
+            "teacher": weights_hash(self.teacher.denoiser),
+            "scheduler": [type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if k[0] != "_"}],
+            "plan": asdict(self.plan),
+            "phases": phases,
+            "seed": seed,
+            "compute": self.settings.compute,
+            "conditions": fingerprint(list(conditions)),
+            "calls_per_record": self.plan.steps,
+        }
+
+    def _claim(self, identity: dict[str, Any], conditions: Sequence[Any], phases: int) -> None:
+        """Take the folder for these records, after looking at what is in it and at the disk."""
+        path = self.folder / MANIFEST
+        if path.exists():
+            found = read_json(path)
+            wrong = [name for name, value in _plain(identity).items() if found.get(name) != value]
+            if wrong:
+                raise ArtifactError(
+                    f"{self.folder} holds the records of another run ({', '.join(wrong)} differ); "
+                    "allowed: a new folder, or the same teacher and settings"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        size, free = self.size(conditions[0], phases), shutil.disk_usage(self.folder).free
+        need = size - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        logger.info("pairs take %.1f MiB in %s", size / 2**20, self.folder)
+        if free < need:
+            raise InfrastructureError(f"{self.folder}: {free >> 20} MiB are free, the pairs take {need >> 20} MiB more")
+        if not path.exists():
+            write_json(path, identity)
+
+    def size(self, condition: Any, phases: int) -> int:
+        """Bytes that all records take, in float32."""
+        state = next(iter(first_inputs(self.teacher, [condition], replace(self.plan, guidance_scale=1.0)).values()))
+        return 4 * state[0].numel() * (phases + 1) * (self.settings.count + self.settings.held_out)
+
+    def _make(
+        self, shards: list[tuple[str, int, int]], conditions: Sequence[Any], phases: int, first: int, progress: Progress
+    ) -> None:
+        missing = [shard for shard in shards if not (self.folder / shard[0]).exists()]
+        if not missing:
+            return
+        with progress.task("Sampling the teacher", total=sum(count for _, _, count in missing)) as advance:
+            for file, start, count in missing:
+                states: list[Tensor] = []
+                edges: tuple[Edge, ...] = ()
+                for begin in range(start, start + count, self.settings.batch_size):
+                    rows = range(begin, min(begin + self.settings.batch_size, start + count))
+                    found, edges = self._solve([conditions[row % len(conditions)] for row in rows], rows, phases, first)
+                    states.append(found)
+                    advance(len(rows))
+                table = torch.tensor([[e.alpha, e.sigma, -1.0 if e.timestep is None else e.timestep] for e in edges])
+                partial = self.folder / f".{file}.partial"
+                save_file({"states": torch.cat(states), "edges": table.double()}, partial)
+                os.replace(partial, self.folder / file)
+
+    def _solve(self, conditions: list[Any], rows: range, phases: int, first: int) -> tuple[Tensor, tuple[Edge, ...]]:
+        bfloat16 = self.settings.compute == "bfloat16"
+        device = self.teacher.pipeline.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            run = trajectory(self.teacher, conditions, seeds=[first + row for row in rows], plan=self.plan)
+        edges = edges_of(self.teacher.schedule, run.timesteps, phases)
+        kept = run.states[:: self.plan.steps // phases].transpose(0, 1).contiguous().cpu()  # [n, phases + 1, c, ...]
+        bad = [first + row for row, state in zip(rows, kept, strict=True) if not state.isfinite().all()]
+        if bad:
+            raise ArtifactError(f"the teacher's samples from seeds {bad} are not finite; nothing of them is kept")
+        return kept, edges
+
+    def _seal(self, identity: dict[str, Any], files: list[str]) -> None:
+        """Write what the shards hash to; where that is written already, it has to hold."""
+        path = self.folder / MANIFEST
+        stored = read_json(path).get("shards")
+        hashes = {file: file_hash(self.folder / file) for file in files}
+        for file, expected in (stored or {}).items():
+            if hashes.get(file, expected) != expected:
+                raise ArtifactError(f"{self.folder / file} is damaged: its hash is not the manifest's; delete the file")
+        write_json(path, identity | {"shards": (stored or {}) | hashes})
+
+    def _read(self, shards: list[tuple[str, int, int]], conditions: Sequence[Any], first: int) -> Pairs:
+        try:
+            tables = [load_file(self.folder / file) for file, _, _ in shards]
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{self.folder}: a shard cannot be read: {error}") from error
+        rows = [row for _, start, count in shards for row in range(start, start + count)]
+        edges = tuple(Edge(a, s, None if t < 0 else t) for a, s, t in tables[0]["edges"].tolist())
+        return Pairs(
+            torch.cat([table["states"] for table in tables]),
+            [conditions[row % len(conditions)] for row in rows],
+            [first + row for row in rows],
+            edges,
+        )
+
+
+def _plain(data: Any) -> Any:
+    """As it comes back from JSON."""
+    import json
+
+    return json.loads(json.dumps(data, default=str))
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a network's state."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).data)
+    return digest.hexdigest()

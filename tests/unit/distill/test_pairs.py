@@ -1,0 +1,144 @@
+"""Records of a teacher: the same whatever the batch size, the shards and the interruptions; damage is seen."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffpress.denoise import check_solver, trajectory
+from diffpress.distill.pairs import MANIFEST, PairSettings, PairStore
+from diffpress.distill.student import trailing
+from diffpress.errors import ArtifactError, ConfigError, InfrastructureError
+from diffpress.generator import SamplingPlan
+from diffpress.progress import SILENT
+
+SMALL = PairSettings(count=10, held_out=3, steps=4, shard=4, batch_size=3)
+PLAN = SamplingPlan(steps=3, guidance_scale=3.0)
+
+
+@pytest.fixture
+def collect(dit, tmp_path):
+    """Records of the class-conditional teacher: ``collect(name, **settings)``."""
+    dit.pipeline.scheduler = trailing(dit.pipeline.scheduler)
+
+    def run(name="pairs", phases=2, teacher=dit, **changes):
+        store = PairStore(tmp_path / name, teacher, replace(SMALL, **changes), PLAN)
+        return store.collect(teacher.conditions(10), phases, seed=7, progress=SILENT)
+
+    return run
+
+
+def hashes(folder):
+    return json.loads((folder / MANIFEST).read_text())["shards"]
+
+
+def test_records_are_the_states_of_the_sampling_run(collect, dit):
+    train, held_out = collect()
+    assert train.states.shape == (10, 3, 4, 8, 8)
+    assert held_out.states.shape == (3, 3, 4, 8, 8)
+    assert set(train.seeds).isdisjoint(held_out.seeds)
+    assert train.conditions == dit.conditions(10)
+    plan = replace(PLAN, steps=4)
+    run = trajectory(dit, train.conditions[4:5], seeds=[11], plan=plan)
+    torch.testing.assert_close(train.states[4], run.states[::2, 0])
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))
+    torch.testing.assert_close(train.states[4, :1], noise)
+    latents = dit.sample(train.conditions[4:5], seeds=[11], plan=plan).latents
+    torch.testing.assert_close(train.states[4, -1:], torch.from_numpy(latents) * dit.pipeline.vae.config.scaling_factor)
+
+
+def test_edges_are_levels_of_the_schedule(collect, dit):
+    edges = collect()[0].edges
+    assert [edge.timestep for edge in edges] == [999, 499, None]
+    cumulative = dit.pipeline.scheduler.alphas_cumprod.double()
+    for edge in edges[:-1]:
+        assert edge.alpha == pytest.approx(float(cumulative[int(edge.timestep)] ** 0.5))
+        assert edge.alpha**2 + edge.sigma**2 == pytest.approx(1)
+    assert (edges[-1].alpha, edges[-1].sigma) == (1, 0)
+
+
+def test_batch_size_changes_nothing_but_the_last_bits(collect):
+    one, other = collect("one", batch_size=3)[0], collect("other", batch_size=2)[0]
+    torch.testing.assert_close(one.states, other.states, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(one.states[0], one.states[1], atol=0.1)  # unlike two different records
+
+
+def test_killed_between_shards_it_goes_on(collect, tmp_path):
+    whole = collect("whole")[0]
+    collect("killed")
+    lost = tmp_path / "killed/train-0000004.safetensors"
+    kept = tmp_path / "killed/train-0000000.safetensors"
+    lost.unlink()
+    before = kept.stat().st_mtime_ns
+    again = collect("killed")[0]
+    assert kept.stat().st_mtime_ns == before
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+    torch.testing.assert_close(again.states, whole.states, rtol=0, atol=0)
+
+
+def test_damaged_shard_is_refused(collect, tmp_path):
+    collect()
+    shard = tmp_path / "pairs/held-out-0000000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"held-out-0000000.safetensors is damaged"):
+        collect()
+
+
+def test_records_of_another_teacher_are_refused(collect, dit):
+    collect()
+    with torch.no_grad():
+        next(dit.denoiser.parameters()).add_(1)
+    with pytest.raises(ArtifactError, match=r"another run \(teacher differ\)"):
+        collect()
+
+
+def test_records_of_another_plan_are_refused(collect):
+    collect()
+    with pytest.raises(ArtifactError, match=r"\(plan differ\)"):
+        collect(guidance_scale=1.0)
+
+
+def test_small_disk_is_refused_before_any_work(collect, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(InfrastructureError, match="0 MiB are free"):
+        collect()
+    assert not list((tmp_path / "pairs").glob("*.safetensors"))
+
+
+def test_size_is_said_beforehand(collect, dit, tmp_path):
+    store = PairStore(tmp_path / "sized", dit, SMALL, PLAN)
+    train, held_out = collect()
+    assert store.size(0, 2) == 4 * (train.states.numel() + held_out.states.numel())
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_stochastic_and_two_call_solvers_are_refused(dit, name):
+    with pytest.raises(ConfigError, match=f"solver {name} is stochastic or calls"):
+        check_solver(dit, name)
+
+
+def test_noisy_variant_of_a_solver_is_refused(dit):
+    check_solver(dit)
+    dit.pipeline.scheduler = trailing(dit.pipeline.scheduler, algorithm_type="sde-dpmsolver++")
+    with pytest.raises(ConfigError, match="with noise"):
+        check_solver(dit)
+
+
+def test_no_record_is_kept_that_is_not_finite(collect, dit):
+    with torch.no_grad():
+        dit.denoiser.proj_out_2.bias.fill_(float("nan"))
+    with pytest.raises(ArtifactError, match=r"seeds .* are not finite"):
+        collect()
+
+
+def test_text_and_pixels_too(sd, ddpm, tmp_path):
+    for name, generator in (("sd", sd), ("ddpm", ddpm)):
+        generator.pipeline.scheduler = trailing(generator.pipeline.scheduler, "DDIMScheduler", clip_sample=False)
+        store = PairStore(tmp_path / name, generator, SMALL, PLAN)
+        train, _ = store.collect(generator.conditions(2), 1, progress=SILENT)
+        run = trajectory(generator, train.conditions[1:2], seeds=[1], plan=replace(PLAN, steps=4))
+        torch.testing.assert_close(train.states[1, -1], run.states[-1, 0], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,222 @@
+"""Reflow and k-step distillation: exact on the oracle, better than the teacher at equal steps, bad pairs seen."""
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import Gaussian, Oracle
+
+from diffpress.denoise import Conditioning, denoise
+from diffpress.diffusion import Level, ddim, to_eps, to_x0
+from diffpress.distill import reflow
+from diffpress.distill.pairs import Edge, Pairs, PairSettings
+from diffpress.distill.reflow import Reflow, ReflowConfig, ReflowLoss
+from diffpress.distill.training import TrainingSettings, draw_of
+from diffpress.errors import ConfigError, TrainingError
+from diffpress.targets import TARGETS
+
+PAIRS = PairSettings(count=16, held_out=8, steps=8, batch_size=16)
+TRAINING = TrainingSettings(steps=150, batch_size=8, learning_rate=3e-3, warmup=5, ema=0.9)
+
+
+@pytest.fixture
+def losses(dit):
+    """A loss over made-up records: ``losses(states, edges, times, kind)``."""
+    schedule = dit.schedule
+
+    def make(states, phases, times="edges", kind="v", loss="l2"):
+        steps = len(schedule.timesteps)
+        starts = [steps - 1 - round(steps * phase / phases) for phase in range(phases)]
+        edges = [Edge(float(schedule.alphas[i]), float(schedule.sigmas[i]), float(i)) for i in starts]
+        pairs = Pairs(states, [0] * len(states), list(range(len(states))), (*edges, Edge(1.0, 0.0, None)))
+        known = dataclasses.replace(schedule, parameterization=kind)
+        none = Conditioning(1, {}, {})
+        return ReflowLoss(pairs, none, torch.zeros(len(states), dtype=torch.long), known, times, loss)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.parametrize("phases", [1, 2, 4])
+def test_ideal_output_at_an_edge_jumps_to_the_next_state(losses, phases, kind):
+    states = torch.randn(6, phases + 1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    made = losses(states, phases, kind=kind)
+    phase = torch.arange(6) % phases
+    x_t, told, wanted = made.example(torch.arange(6), phase, torch.zeros(6).double())
+    for row in range(6):
+        index = int(told[row])
+        at = {"alpha": made.schedule.alphas[index], "sigma": made.schedule.sigmas[index], "kind": kind}
+        x_0, eps = to_x0(wanted[row], x_t[row], **at), to_eps(wanted[row], x_t[row], **at)
+        end = made.pairs.edges[phase[row] + 1]
+        found = ddim(x_0, eps, alpha=torch.tensor(end.alpha), sigma=torch.tensor(end.sigma)).float()
+        torch.testing.assert_close(found, states[row, phase[row] + 1], rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(found, states[row - 1, phase[row] + 1], atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.parametrize("times", ["edges", "uniform", "u_shaped"])
+def test_loss_vanishes_at_the_oracle_that_reflow_converges_to(losses, times, kind):
+    """Pairs of the Gaussian's own ODE: the straight oracle has no loss, the teacher has."""
+    data = Gaussian(torch.tensor(0.3).double(), torch.tensor(0.4).double())
+    noise = torch.randn(16, 2, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    first = losses(torch.zeros(16, 2, 2, 3, 3), 1).pairs.edges[0]
+    clean = Level(torch.tensor(1.0).double(), torch.tensor(0.0).double())
+    start = Level(torch.tensor(first.alpha).double(), torch.tensor(first.sigma).double())
+    # The pair (z, x_0) as the store holds it: the solver takes pure noise for the state at its first level.
+    states = torch.stack([noise, data.mean + data.deviation * noise], 1).float()
+    made = losses(states, 1, times, kind)
+    error = {}
+    for ideal in ("straight", "teacher"):
+        network = Oracle(made.schedule, 0.3, 0.4, ideal=ideal)
+        error[ideal] = float(made(network, draw_of(0, seed=0, batch_size=64)))
+    assert start.sigma > 0.99
+    assert clean.sigma == 0
+    assert error["straight"] < 1e-2 * error["teacher"]
+
+
+def context_of(context, generator, tmp_path):
+    return replace(context(generator), work=tmp_path / "work")
+
+
+def test_student_beats_the_teacher_at_its_steps_and_says_so(dit, context, tmp_path):
+    stage = Reflow(ReflowConfig(steps=1, pairs=PAIRS, training=TRAINING))
+    applied = stage.apply(dit, context_of(context, dit, tmp_path))
+    assert applied.metadata["held_out_error"] < 0.8 * applied.metadata["teacher_error"]
+    assert applied.metadata["losses"][-1] < 0.5 * applied.metadata["losses"][0]
+    assert dit.plan.steps == 1
+    assert dit.plan.guidance_scale == 1
+
+
+def test_noise_of_another_sample_teaches_nothing(dit, context, tmp_path, monkeypatch):
+    """Shuffled pairs, the negative control of all that reflow is: worse on records it has not seen."""
+
+    def shuffled(pairs, *others):
+        states = torch.stack([pairs.states[:, 0].roll(1, 0), pairs.states[:, 1]], 1)
+        return ReflowLoss(replace(pairs, states=states), *others)
+
+    errors = {}
+    many = replace(PAIRS, count=64)
+    for name, kind in (("paired", ReflowLoss), ("shuffled", shuffled)):
+        monkeypatch.setattr(reflow, "ReflowLoss", kind)
+        generator = type(dit).load(dit.source)
+        stage = Reflow(ReflowConfig(steps=1, pairs=many, training=TRAINING))
+        applied = stage.apply(generator, context_of(context, generator, tmp_path / name))
+        errors[name] = applied.metadata["held_out_error"]
+    assert errors["paired"] < 0.7 * errors["shuffled"]
+
+
+def test_pipeline_draws_what_the_trainer_trained(dit, context, tmp_path):
+    """Two calls by hand with the trainer's maths, and the stock pipeline: the same picture."""
+    stage = Reflow(ReflowConfig(steps=2, pairs=PAIRS, training=replace(TRAINING, steps=3)))
+    kind, alphas, sigmas = dit.schedule.parameterization, dit.schedule.alphas, dit.schedule.sigmas
+    stage.apply(dit, context_of(context, dit, tmp_path))
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for now, after in ((999, 499), (499, None)):
+            at = {"alpha": alphas[now].float(), "sigma": sigmas[now].float(), "kind": kind}
+            output = denoise(
+                dit.denoiser, x, torch.tensor([now]), Conditioning(1, {"class_labels": torch.tensor([2])}, {})
+            )
+            to = (alphas[after].float(), sigmas[after].float()) if after else (torch.tensor(1.0), torch.tensor(0.0))
+            x = ddim(to_x0(output, x, **at), to_eps(output, x, **at), alpha=to[0], sigma=to[1])
+    drawn = dit.sample([2], seeds=[3], plan=dit.plan).latents
+    torch.testing.assert_close(
+        torch.from_numpy(drawn) * dit.pipeline.vae.config.scaling_factor, x, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_killed_and_run_again_it_gives_the_same_bits(dit, context, tmp_path, monkeypatch):
+    stage = Reflow(ReflowConfig(steps=2, pairs=PAIRS, training=replace(TRAINING, steps=8, checkpoint_every=1e-9)))
+    whole = type(dit).load(dit.source)
+    stage.apply(whole, context_of(context, whole, tmp_path / "whole"))
+    called = ReflowLoss.__call__
+
+    def lethal(self, network, draw):
+        if draw.step == 5:
+            raise KeyboardInterrupt
+        return called(self, network, draw)
+
+    monkeypatch.setattr(ReflowLoss, "__call__", lethal)
+    killed = type(dit).load(dit.source)
+    with pytest.raises(KeyboardInterrupt):
+        stage.apply(killed, context_of(context, killed, tmp_path / "killed"))
+    monkeypatch.undo()
+    stage.apply(dit, context_of(context, dit, tmp_path / "killed"))
+    for one, other in zip(dit.denoiser.parameters(), whole.denoiser.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_restore_brings_the_plan_and_the_solver(dit, sd, context, tmp_path):
+    for generator in (dit, sd):
+        stage = Reflow(ReflowConfig(steps=2, pairs=PAIRS, training=replace(TRAINING, steps=1)))
+        applied = stage.apply(generator, context_of(context, generator, tmp_path / generator.denoiser_name))
+        again = type(generator).load(generator.source)
+        assert again.plan is None
+        Reflow.restore(again, applied.metadata)
+        again.denoiser.load_state_dict(generator.denoiser.state_dict())
+        condition = generator.conditions(1)
+        images = [each.sample(condition, seeds=[0], plan=each.plan).images for each in (generator, again)]
+        assert (images[0] == images[1]).all()
+
+
+def test_previews_are_drawn(dit, context, tmp_path):
+    stage = Reflow(ReflowConfig(steps=1, pairs=PAIRS, training=replace(TRAINING, steps=4, preview_every=2)))
+    stage.apply(dit, context_of(context, dit, tmp_path))
+    assert [file.name for file in sorted((tmp_path / "work").glob("*.png"))] == [
+        "preview-000002.png",
+        "preview-000004.png",
+    ]
+
+
+def test_stochastic_teacher_is_refused_before_any_work(dit):
+    stage = Reflow(ReflowConfig(pairs=replace(PAIRS, scheduler="DDPMScheduler")))
+    with pytest.raises(ConfigError, match="DDPMScheduler is stochastic"):
+        stage.check(dit, TARGETS["onnxruntime"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 5}, "must divide the teacher's pairs.steps 24"),
+        ({"steps": 4, "phases": 3}, "phases 3 must divide steps 4"),
+        ({"steps": 4, "phases": 1}, "times 'edges' trains 1 calls"),
+        ({"steps": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_settings_that_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ReflowConfig(**wrong)
+
+
+def test_weights_that_are_not_finite_stop_the_training(dit, context, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        ReflowLoss, "__call__", lambda self, network, draw: next(network.parameters()).sum() * torch.inf
+    )
+    stage = Reflow(ReflowConfig(steps=1, pairs=PAIRS, training=TRAINING))
+    with pytest.raises(TrainingError, match="not finite at update 0"):
+        stage.apply(dit, context_of(context, dit, tmp_path))
+
+
+def test_a_stage_that_trains_needs_a_folder(dit, context):
+    with pytest.raises(ConfigError, match="needs a folder"):
+        Reflow(ReflowConfig(pairs=PAIRS)).apply(dit, context(dit))
+
+
+def test_draws_are_of_the_whole_batch(losses):
+    states = torch.randn(8, 3, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    made = losses(states, 2, "uniform")
+    seen = []
+
+    def network(x, told, **kwargs):
+        seen.append(x)
+        return (torch.zeros_like(x),)
+
+    class Net(torch.nn.Module):
+        def forward(self, sample, timestep, return_dict=False):
+            return network(sample, timestep)
+
+    whole = made(Net(), draw_of(0, seed=0, batch_size=4))
+    halves = [made(Net(), draw_of(0, seed=0, batch_size=4, rank=rank, processes=2)) for rank in range(2)]
+    torch.testing.assert_close(sum(halves) / 2, whole)
+    assert [len(x) for x in seen] == [4, 2, 2]
