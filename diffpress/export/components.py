@@ -1,12 +1,14 @@
 """The parts of a pipeline that become engines, found by watching one real run.
 
 A part is a torch module, one of its methods, and the tensors that went in and out, by name. Running the pipeline once
-with one picture and once with two tells which axes are the batch; a run at another size tells which follow the size.
+with one picture and once with two tells which axes are the batch; a run at another size tells which follow the size,
+and what an engine of any size has to give there.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +24,8 @@ from diffpress.generator import Generator, SamplingPlan, patched
 
 Role = Literal["denoiser", "decoder", "encoder", "text"]
 Free = dict[str, dict[int, str]]  # input name -> axis -> what it follows ("batch", "size")
+FlatCall = tuple[dict[str, Tensor], dict[str, Tensor]]  # inputs and outputs by name
+COARSEST = 64  # pixels that a stock network halves and patches into one: 8 in the autoencoder, 8 in the denoiser
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Component:
     outputs: dict[str, Tensor]
     free: Free
     """Axes that differ between recordings, by flattened input name."""
+    resized: FlatCall | None
+    """A recorded call at another picture size, where the size is free."""
 
     def flat_inputs(self) -> dict[str, Tensor]:
         """Recorded tensors by the name they have in the graph."""
@@ -166,8 +172,9 @@ def _another_size(generator: Generator, plan: SamplingPlan) -> SamplingPlan:
         raise EngineError(
             f"size 'dynamic' is asked for, but {type(generator.pipeline).__name__} has a fixed size; allowed: static"
         )
-    height, width = generator.default_size
-    return replace(plan, height=(plan.height or height) * 2, width=(plan.width or width) * 2)
+    height, width = generator.default_size if plan.height is None or plan.width is None else (plan.height, plan.width)
+    step = math.gcd(height, width, COARSEST)
+    return replace(plan, height=height + step, width=width + 2 * step)
 
 
 def _component(part: _Part, main: tuple, others: dict[str, tuple]) -> Component:
@@ -182,28 +189,32 @@ def _component(part: _Part, main: tuple, others: dict[str, tuple]) -> Component:
         for name, value in arguments.items()
         if name not in inputs and value is not None and name != "generator"
     }
-    flat, free = flatten_inputs(inputs), {}
-    for name, tensor in flat.items():
-        axes: dict[int, str] = {}
-        for what, (other_arguments, _) in others.items():
-            named = _named(part.role, other_arguments)
-            other = flatten_inputs({key: named[key] for key in inputs})[name]
-            axes |= {axis: what for axis, size in enumerate(other.shape) if size != tensor.shape[axis]}
-        free[name] = axes
-    return Component(
-        part.role, part.folder, part.attribute, part.method, inputs, constants, flatten_outputs(part.role, output), free
-    )
+    flat, outputs = flatten_inputs(inputs), flatten_outputs(part.role, output)
+    free: Free = {name: {} for name in flat}
+    resized = None
+    for what, (other_arguments, other_output) in others.items():
+        named = _named(part.role, other_arguments)
+        other = flatten_inputs({key: named[key] for key in inputs})
+        differ = {name: [a for a, n in enumerate(other[name].shape) if n != flat[name].shape[a]] for name in flat}
+        for name, axes in differ.items():
+            free[name] |= dict.fromkeys(axes, what)
+        if what == "size" and any(differ.values()):
+            resized = other, flatten_outputs(part.role, other_output)
+    return Component(part.role, part.folder, part.attribute, part.method, inputs, constants, outputs, free, resized)
 
 
 def _encoder(generator: Generator, decoder: Component) -> Component:
     """The autoencoder's encoder, on the pictures that the decoder gave: no text-to-image run calls it."""
-    picture = decoder.outputs["sample"].detach().clamp(-1, 1)
-    with torch.no_grad():
-        output = generator.pipeline.vae.encode(picture)
+
+    def encoded(outputs: dict[str, Tensor]) -> FlatCall:
+        picture = outputs["sample"].detach().clamp(-1, 1)
+        with torch.no_grad():
+            return {"sample": picture}, flatten_outputs("encoder", generator.pipeline.vae.encode(picture))
+
+    inputs, outputs = encoded(decoder.outputs)
+    resized = None if decoder.resized is None else encoded(decoder.resized[1])
     free = {"sample": next(iter(decoder.free.values()))}
-    return Component(
-        "encoder", "vae_encoder", "vae", "encode", {"sample": picture}, {}, flatten_outputs("encoder", output), free
-    )
+    return Component("encoder", "vae_encoder", "vae", "encode", dict(inputs), {}, outputs, free, resized)
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from diffpress.errors import ParityError, PrecisionError
+from diffpress.errors import EngineError, ParityError, PrecisionError
 from diffpress.export.session import Session
 
 FLOAT_TOLERANCE = 1e-3
@@ -45,6 +45,21 @@ def compare(
             f"{name}: the engine differs from torch by {worst:.2e} (relative L2); allowed: {tolerance:.0e}"
         )
     return Parity(name, worst, tolerance, count)
+
+
+def compare_resized(session: Session, at_size: Parity, call: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Parity:
+    """``at_size``, the parity at the traced size, extended by a call at another one.
+
+    Raises ParityError when the engine is right at the first alone.
+    """
+    try:
+        other = compare(at_size.component, session, [call], tolerance=at_size.tolerance)
+    except EngineError as error:
+        raise ParityError(
+            f"export.size 'dynamic': {at_size.component} has the size it was traced at baked in, for the engine agrees "
+            f"with torch there but not at another size; allowed for this model: static. What happened: {error}"
+        ) from error
+    return replace(at_size, error=max(at_size.error, other.error), calls=at_size.calls + other.calls)
 
 
 def _difference(what: str, actual: Tensor, expected: Tensor) -> float:

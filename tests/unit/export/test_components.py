@@ -35,6 +35,22 @@ def test_text_to_image_of_any_size(sd, plan):
     assert found["vae_encoder"][1] == {"sample": BATCH | SIZE}
 
 
+def test_a_call_at_another_size_is_kept_where_the_size_is_free(sd, plan):
+    parts = find_components(sd, ["a cat", "a dog"], plan, batch=None, any_size=True)
+    assert {part.folder for part in parts if part.resized} == {"unet", "vae_decoder", "vae_encoder"}
+    for part in parts:
+        if part.resized is None:
+            continue
+        inputs, outputs = part.resized
+        shapes = [next(iter(tensors.values())).shape for tensors in (part.flat_inputs(), inputs)]
+        assert shapes[1][2:] != shapes[0][2:]
+        assert shapes[1][2] != shapes[1][3]  # height and width are told apart
+        flat = Flat(getattr(sd.pipeline, part.attribute), part)
+        with torch.no_grad():
+            torch.testing.assert_close(dict(zip(outputs, flat(*inputs.values()), strict=True)), outputs)
+    assert not any(part.resized for part in find_components(sd, ["a cat"], plan, batch=None, any_size=False))
+
+
 def test_unconditional_in_pixels(ddpm, plan):
     components = find_components(ddpm, [None], plan, batch=None, any_size=False)
     assert described(components) == {"unet": ("denoiser", {"sample": BATCH, "timestep": {}}, ["out_sample"])}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffpress.errors import ParityError, PrecisionError
-from diffpress.export.parity import check_precision, compare
+from diffpress.errors import EngineError, ParityError, PrecisionError
+from diffpress.export.parity import Parity, check_precision, compare, compare_resized
 
 EXPECTED = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
 
@@ -70,3 +70,28 @@ def test_precision_that_is_not_in_the_graph():
     assert check_precision("unet", Fake(ops=3), 3) == 3
     with pytest.raises(PrecisionError, match=r"4 layers were quantized, but only 3 products .*\(a fake\)"):
         check_precision("unet", Fake(ops=3), 4)
+
+
+class OfOneSize(Fake):
+    """Refuses what is not as large as it was traced."""
+
+    def __call__(self, inputs):
+        if inputs["x"].shape != EXPECTED.shape:
+            raise EngineError("refuses x")
+        return super().__call__(inputs)
+
+
+def test_parity_at_another_size_counts():
+    at_size = Parity("unet", 1e-4, 1e-3, 3)
+    assert compare_resized(Fake(), at_size, ({}, {"y": EXPECTED})) == Parity("unet", 1e-4, 1e-3, 4)
+    larger = compare_resized(Fake(), at_size, ({}, {"y": 1.0005 * EXPECTED}))
+    assert larger.error == pytest.approx(5e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("session", "reason"), [(OfOneSize(), "refuses x"), (Fake(2 * EXPECTED), "differs"), (Fake(EXPECTED[:1]), "shape")]
+)
+def test_a_size_that_is_baked_in_is_named(session, reason):
+    given = {"x": torch.zeros(2, 3, 5)}
+    with pytest.raises(ParityError, match=rf"'dynamic': unet has the size it was traced at.*allowed.*static.*{reason}"):
+        compare_resized(session, Parity("unet", 1e-4, 1e-3, 3), (given, {"y": EXPECTED}))
