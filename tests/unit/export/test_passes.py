@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffpress.errors import PrecisionError
 from diffpress.export.graph import export_graph
+from diffpress.export.parity import check_precision
 from diffpress.export.passes import drop_void_squeezes
 from diffpress.export.session import OnnxRuntimeSession
 from diffpress.quantize.modules import Activation, quantized
@@ -18,6 +20,7 @@ from diffpress.targets import TARGETS
 
 TARGET = TARGETS["onnxruntime"]
 X = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
+BATCH = {0: "batch"}
 
 
 class Attending(nn.Module):
@@ -39,8 +42,8 @@ class Attending(nn.Module):
         return self.projections[3](hidden.transpose(1, 2).reshape(batch, tokens, 32))
 
 
-def written(path, module, *, cpu=True):
-    export_graph(module.eval(), {"x": X}, ["y"], path, free={"x": {0: "batch"}}, opset=20, for_onnxruntime_cpu=cpu)
+def written(path, module, *, cpu=True, free=BATCH):
+    export_graph(module.eval(), {"x": X}, ["y"], path, free={"x": free}, opset=20, for_onnxruntime_cpu=cpu)
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
@@ -98,6 +101,44 @@ def test_one_product_is_exact_and_a_wrong_bias_is_seen(tmp_path, relative):
     bias.CopyFrom(onnx.numpy_helper.from_array(np.zeros(32, np.float32), bias.name))
     onnx.save(model, path)
     assert relative(OnnxRuntimeSession(path)({"x": X})[0], expected) > 1e-2
+
+
+class OfVectors(nn.Module):
+    """8-bit layers that read one row for each image: matrices in the graph."""
+
+    def __init__(self, *, dynamic=False):
+        super().__init__()
+        torch.manual_seed(2)
+        activations = [Activation(TARGET, dynamic=dynamic) for _ in range(2)]
+        for activation in activations:
+            activation.set_range(-4, 4, TARGET)
+        self.first = quantized(nn.Linear(32, 48), activations[0])
+        self.second = quantized(nn.Linear(48, 16, bias=False), activations[1])
+
+    def forward(self, *tensors):
+        return self.second(F.silu(self.first(tensors[0][:, 0])))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("free", [{}, BATCH])
+def test_products_of_matrices_run_in_8_bits(tmp_path, dynamic, free, relative):
+    """ONNX Runtime makes a float Gemm of a product of matrices and its bias, unless they are one operator already."""
+    module, path = OfVectors(dynamic=dynamic), tmp_path / "model.onnx"
+    operators = written(path, module, free=free)
+    assert not {"Gemm", "MatMul"} & set(operators)
+    session = OnnxRuntimeSession(path)
+    assert session.quantized_ops() == 2
+    with torch.no_grad():
+        for count in (3, 1) if free else (3,):
+            assert relative(session({"x": X[:count]})[0], module(X[:count])) < 1e-2
+        assert relative(session({"x": X})[0], module(X + 0.2)) > 2e-2
+
+
+def test_a_product_of_matrices_that_stays_in_float_is_named(tmp_path):
+    """Without the rewrite."""
+    written(tmp_path / "model.onnx", OfVectors(), cpu=False)
+    with pytest.raises(PrecisionError, match="2 layers were quantized, but only 1 products"):
+        check_precision("part", OnnxRuntimeSession(tmp_path / "model.onnx"), 2)
 
 
 def test_a_squeeze_of_a_long_axis_goes_and_one_of_a_short_axis_stays():
