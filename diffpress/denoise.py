@@ -123,8 +123,10 @@ def denoise(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: Co
 
 
 def _names(network: nn.Module) -> tuple[str, str]:
-    """What the network calls x_t and the time."""
-    names = list(inspect.signature(getattr(network, "module", network).forward).parameters)
+    """What the network, compiled or wrapped for several processes or not, calls x_t and the time."""
+    for wrapper in ("_orig_mod", "module"):
+        network = getattr(network, wrapper, network)
+    names = list(inspect.signature(network.forward).parameters)
     return names[0], next(name for name in names if name in _TIME_NAMES)
 
 

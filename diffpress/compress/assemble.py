@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from diffpress import __version__
 from diffpress.artifact import read_json
 from diffpress.compress import evaluation
@@ -23,16 +25,19 @@ from diffpress.compress.report import (
     Provenance,
     Report,
     StageRun,
+    Training,
 )
 from diffpress.compress.verdict import judge
 from diffpress.eval.latency import size_on_disk
 from diffpress.eval.machine import describe_machine
+from diffpress.export.build import MANIFEST
 
 if TYPE_CHECKING:
     from diffpress.compress.runner import Run
 
 ENGINE = "engine"
 MIB = 2**20
+_CURVE = 100  # points of a loss curve
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,25 @@ def assemble(run: Run, found: Found) -> Report:
         paired=found.paired,
         latency=found.latency,
         sensitivity=_sensitivity(run),
+        training=_training(run),
         provenance=Provenance(
             diffpress=__version__,
             machine=describe_machine(),
-            seeds={"pictures": recipe.seed, "calibration": recipe.seed + evaluation.CALIBRATION_SEED},
+            seeds=_seeds(run),
             preprocessing=found.preprocessing,
             started=found.started,
             finished=now(),
             command=_command(run.artifact.folder),
         ),
     )
+
+
+def _seeds(run: Run) -> dict[str, int]:
+    """First seeds of the compared pictures, of calibration, and of a training where there was one."""
+    distance = {"pictures": 0, "calibration": evaluation.CALIBRATION_SEED}
+    if _training(run):
+        distance["training"] = evaluation.TRAINING_SEED
+    return {name: run.recipe.seed + apart for name, apart in distance.items()}
 
 
 def _model_facts(run: Run) -> ModelFacts:
@@ -98,7 +112,8 @@ def _stage_run(run: Run, number: int) -> StageRun:
 
 
 def _engine_facts(run: Run) -> EngineFacts:
-    entry = run.artifact.entry(ENGINE)
+    entry, manifest = run.artifact.entry(ENGINE), read_json(run.artifact.folder / ENGINE / MANIFEST)
+    plan = manifest["plan"] if manifest.get("distilled") else {}
     return EngineFacts(
         target=run.target.name,
         provider=entry["built"]["provider"],
@@ -108,6 +123,8 @@ def _engine_facts(run: Run) -> EngineFacts:
         size_mib=size_on_disk(run.artifact.folder / ENGINE) / MIB,
         hash=entry["hash"],
         seconds=entry["seconds"],
+        steps=plan.get("steps"),
+        guidance_scale=plan.get("guidance_scale"),
     )
 
 
@@ -115,6 +132,18 @@ def _parity(run: Run) -> Parity:
     rows = run.artifact.entry(ENGINE)["built"]["parity"]
     row = next(row for row in rows if row["component"] == run.original.denoiser_name)
     return Parity(max_relative_error=row["error"], limit=row["tolerance"], calls=row["calls"])
+
+
+def _training(run: Run) -> tuple[Training, ...]:
+    """The loss curves, in at most `_CURVE` pieces."""
+    found = []
+    for number, (name, _) in enumerate(run.stages):
+        folder = run.artifact.folder / "stages" / stage_name(number, name)
+        losses = read_json(folder / "metadata.json").get("losses", [])
+        if losses:
+            pieces = np.array_split(np.asarray(losses), min(_CURVE, len(losses)))
+            found.append(Training(stage=name, losses=tuple(float(piece.mean()) for piece in pieces)))
+    return tuple(found)
 
 
 def _sensitivity(run: Run) -> tuple[LayerError, ...]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from diffpress.compress.report import Latency, LayerError, Report
+    from diffpress.compress.report import Latency, LayerError, Report, Training
     from diffpress.eval.statistics import Estimate
 
 # Stand-ins that the page's style sheet replaces: colour drawn -> CSS variable.
@@ -117,6 +117,25 @@ def sensitivity_plot(layers: Sequence[LayerError]) -> str | None:
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.set_xlabel("relative L2 error of the layer's output")
         _plain_rows(axes)
+    return result[0]
+
+
+def loss_plot(trainings: Sequence[Training]) -> str | None:
+    """The loss of every training on a logarithmic axis over its share done; None when nothing was trained."""
+    if not trainings:
+        return None
+    with _axes(7.2, 2.6) as (axes, result):
+        for training in trainings:
+            done = (np.arange(len(training.losses)) + 1) / len(training.losses) * 100
+            axes.plot(done, training.losses, color=_ACCENT, linewidth=1.6)
+            axes.annotate(
+                training.stage, (done[-1], training.losses[-1]), (-4, 8), textcoords="offset points", ha="right"
+            )
+        axes.set_yscale("log")
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("share of the training, %")
+        axes.set_ylabel("loss")
+        axes.grid(alpha=0.6)
     return result[0]
 
 

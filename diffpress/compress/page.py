@@ -64,6 +64,7 @@ def render_html(report: Report, pictures: Pictures | None) -> str:
             trade=figures.quality_latency_plot(report),
             timings={scope: (figures.latency_plot(found), found) for scope, found in rows.items() if found},
             sensitivity=figures.sensitivity_plot(report.sensitivity),
+            training=figures.loss_plot(report.training),
         )
     )
 

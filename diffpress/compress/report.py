@@ -105,6 +105,10 @@ class EngineFacts:
     """SHA-256 over the files of the engine folder."""
     seconds: Amount
     """Export and build, wall time."""
+    steps: Count | None = None
+    """Denoiser calls for one picture that a distilled engine takes; null: as the recipe's evaluate says."""
+    guidance_scale: float | None = None
+    """What a distilled engine is called with; 1 where guidance is baked in."""
 
 
 @config
@@ -200,6 +204,16 @@ class LayerError:
 
 
 @config
+class Training:
+    """How a student was trained."""
+
+    stage: str
+    """Name of the stage."""
+    losses: tuple[float, ...]
+    """Mean of the loss over equal pieces of the training, in order."""
+
+
+@config
 class Provenance:
     """Where the figures come from; what `diffpress check` compares before it compares figures."""
 
@@ -245,6 +259,8 @@ class Report:
     """Every candidate at every scope."""
     sensitivity: tuple[LayerError, ...]
     """Layers, worst first; empty: not measured."""
+    training: tuple[Training, ...] = ()
+    """One for each stage that trained."""
     provenance: Provenance
     """Machine, versions, seeds."""
 
