@@ -1,13 +1,15 @@
-"""What calibration runs tell of a denoiser's layers: the ranges of their inputs, the error each one's twin makes."""
+"""What sampling runs tell: ranges of the layers' inputs, the error each one's twin makes, whether a fold was exact."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffpress.errors import ParityError
 from diffpress.generator import Generator
 from diffpress.quantize.modules import QuantizedLayer
 from diffpress.quantize.observers import Histogram
@@ -15,6 +17,7 @@ from diffpress.quantize.streams import pre_hooks
 from diffpress.stage import Context
 
 SENSITIVITY_SAMPLES = 2
+FOLD_TOLERANCE = 1e-3  # float32 in another order of operations
 
 
 def observe_ranges(layers: Mapping[str, nn.Module], generator: Generator, context: Context) -> dict[str, Histogram]:
@@ -54,3 +57,25 @@ def layer_errors(
         for handle in handles:
             handle.remove()
     return {name: (error / power) ** 0.5 if power else 0.0 for name, (error, power) in totals.items()}
+
+
+@contextmanager
+def same_function(method: str, generator: Generator, context: Context) -> Iterator[None]:
+    """||f'(x) - f(x)|| / ||f(x)|| <= 1e-3, f the first denoiser call of a sampling run before the block, f' after it.
+
+    Raises ParityError that names ``method`` when the block has changed what the generator computes.
+    """
+
+    def first() -> Tensor:
+        few = min(SENSITIVITY_SAMPLES, len(context.conditions))
+        calls = generator.record(context.conditions[:few], seeds=context.seeds[:few], plan=context.plan, limit=1)
+        return calls[0].output.double()
+
+    before = first()
+    yield
+    error = float((first() - before).norm() / before.norm().clamp(min=1e-12))
+    if not error <= FOLD_TOLERANCE:
+        raise ParityError(
+            f"{method}: what was folded does not cancel: the denoiser's output has moved by {error:.1e} (relative L2); "
+            f"allowed: {FOLD_TOLERANCE:.0e}"
+        )

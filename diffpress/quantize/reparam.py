@@ -13,6 +13,7 @@ from torch import Tensor
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
+from diffpress.quantize.calibrate import same_function
 from diffpress.quantize.folds import Fold, apply_fold, find_folds
 from diffpress.quantize.streams import Accumulator, Extremes, Rows, observe_folds
 from diffpress.stage import Applied, Context
@@ -95,11 +96,12 @@ class Reparam:
         accumulators: dict[str, tuple[Accumulator, ...]] = {name: (extremes[name], rows[name]) for name in extremes}
         observe_folds(folds, accumulators, generator, context, "Reparameterizing: observing activations")
         shifted = []
-        for fold in folds:
-            r, b = self._transform(fold, extremes[fold.name], rows[fold.name].values, context.target)
-            apply_fold(fold, r, b)
-            if b is not None:
-                shifted.append(fold.name)
+        with same_function("quantize.reparam", generator, context):
+            for fold in folds:
+                r, b = self._transform(fold, extremes[fold.name], rows[fold.name].values, context.target)
+                apply_fold(fold, r, b)
+                if b is not None:
+                    shifted.append(fold.name)
         names = [fold.name for fold in folds]
         summary = f"channels of {len(folds)} tensors on one range each, {len(shifted)} of them shifted, folded exactly"
         return Applied(generator, {"folds": names, "shifted": shifted}, summary)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffpress.config import config
 from diffpress.generator import Generator
+from diffpress.quantize.calibrate import same_function
 from diffpress.quantize.folds import Fold, apply_fold, find_folds
 from diffpress.quantize.modules import Activation, weight_codes
 from diffpress.quantize.observers import Histogram, choose_range
@@ -117,7 +118,8 @@ class Smooth:
         accumulators: dict[str, tuple[Accumulator, ...]] = {name: (peaks[name], rows[name]) for name in peaks}
         observe_folds(folds, accumulators, generator, context, "Smoothing: observing activations")
         chosen = {}
-        with context.progress.task("Smoothing: choosing factors", total=len(folds)) as advance:
+        task = context.progress.task("Smoothing: choosing factors", total=len(folds))
+        with same_function("quantize.smooth", generator, context), task as advance:
             for fold in folds:
                 alpha = self._alpha(fold, peaks[fold.name].peak, rows[fold.name].values, context.target)
                 if alpha is not None:

@@ -13,6 +13,7 @@ from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.quantize.awq import balance, best_clip, find_text_folds, relative_error, watching
+from diffpress.quantize.calibrate import same_function
 from diffpress.quantize.folds import find_folds
 from diffpress.quantize.modules import QuantizedLayer
 from diffpress.quantize.streams import Rows
@@ -102,7 +103,8 @@ class Weights:
         with watching(chosen) as seen:
             self._calibrate(generator, context)
         if self.config.awq:
-            balance(_folds(component), chosen, seen, form)
+            with same_function("quantize.weights", generator, context):
+                balance(_folds(component), chosen, seen, form)
         errors: dict[str, float] = {}
         for name, layer in chosen.items():
             twin = self._twin(name, layer, form, seen)

@@ -1,12 +1,19 @@
 """Folding a channel transform leaves the function as it was; half a fold does not."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
+from diffpress.errors import ParityError
+from diffpress.generator import Generator
+from diffpress.quantize import awq, reparam, smooth
 from diffpress.quantize.folds import apply_fold, divide_modulation, find_folds
+from diffpress.quantize.reparam import Reparam, ReparamConfig
+from diffpress.quantize.smooth import Smooth, SmoothConfig
+from diffpress.quantize.weights import Weights, WeightsConfig
 
 EXACT = 1e-4  # relative: float32 up to association
 
@@ -84,6 +91,26 @@ def test_half_a_fold_is_not(family, request, first_call, relative):
             apply_fold(half, factors(fold))
             assert relative(first_call(generator, call)[0], before) > 10 * EXACT, fold.name
             generator.denoiser.load_state_dict(weights)
+
+
+STAGES = {
+    "quantize.smooth": (smooth, Smooth(SmoothConfig(alpha=0.5))),
+    "quantize.reparam": (reparam, Reparam(ReparamConfig())),
+    "quantize.weights": (awq, Weights(WeightsConfig(awq=True))),
+}
+
+
+@pytest.mark.parametrize("method", STAGES)
+@pytest.mark.parametrize("half", [{"divide": lambda r: None}, {"consumers": ()}])
+def test_a_stage_that_leaves_half_a_fold_out_is_stopped(dit_folder, plant, context, monkeypatch, method, half):
+    (module, stage), whole = STAGES[method], apply_fold
+    for wrong in ({}, half):
+        generator = Generator.load(dit_folder)
+        plant(generator)
+        monkeypatch.setattr(module, "apply_fold", lambda fold, *by, wrong=wrong: whole(replace(fold, **wrong), *by))
+        stopped = pytest.raises(ParityError, match=rf"{method}: what was folded does not cancel")
+        with stopped if wrong else nullcontext():
+            stage.apply(generator, context(generator))
 
 
 def test_modulation_closed_form():
