@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diffpress.errors import ConfigError
-from diffpress.generator import Generator, SamplingPlan, has_tensor, patched
+from diffpress.generator import Generator, SamplingPlan, argument_names, has_tensor, patched
 
 _FIRST_ORDER_CALLS = (  # deterministic diffusers solvers that call the network once in a step
     "DDIMScheduler",
@@ -52,7 +51,7 @@ class _Caught(Exception):  # noqa: N818 - a signal, not an error
 @contextmanager
 def _inputs(network: nn.Module, see: Any) -> Iterator[None]:
     """Show the inputs of every call to ``see``, by name and before the network runs."""
-    names = list(inspect.signature(network.forward).parameters)
+    names = argument_names(network)
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         see(dict(zip(names, args, strict=False)) | kwargs)
@@ -123,10 +122,8 @@ def denoise(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: Co
 
 
 def _names(network: nn.Module) -> tuple[str, str]:
-    """What the network, compiled or wrapped for several processes or not, calls x_t and the time."""
-    for wrapper in ("_orig_mod", "module"):
-        network = getattr(network, wrapper, network)
-    names = list(inspect.signature(network.forward).parameters)
+    """What the network calls x_t and the time."""
+    names = argument_names(network)
     return names[0], next(name for name in names if name in _TIME_NAMES)
 
 

@@ -320,7 +320,7 @@ class Generator:
     @contextmanager
     def watch(self, see: Callable[[Call], None]) -> Iterator[None]:
         """Show every denoiser call made inside the block to ``see``; nothing is kept, so any length streams."""
-        parameters = list(inspect.signature(self.denoiser.forward).parameters)
+        parameters = argument_names(self.denoiser)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             bound = dict(zip(parameters, args, strict=False)) | kwargs
@@ -363,6 +363,14 @@ class Generator:
         """Write the pipeline in the stock diffusers layout, safetensors only."""
         self.pipeline.save_pretrained(str(folder), safe_serialization=True)
         (folder / "model_index.json").write_text(json.dumps(self.index(), indent=2, sort_keys=True) + "\n", "utf8")
+
+
+def argument_names(network: nn.Module) -> list[str]:
+    """Names of what a denoiser's forward takes, in order; an engine knows those of the network it replaces."""
+    for wrapper in ("_orig_mod", "module"):  # compiled; one of several processes
+        network = getattr(network, wrapper, network)  # type: ignore[assignment]
+    known: Any = getattr(network, "argument_names", None)
+    return list(known or inspect.signature(network.forward).parameters)
 
 
 def has_tensor(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import shutil
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from diffpress.export.parity import (
 )
 from diffpress.export.session import missing_providers, open_session, runs_on_cpu
 from diffpress.export.settings import ExportConfig
-from diffpress.generator import Generator, SamplingPlan
+from diffpress.generator import Generator, SamplingPlan, argument_names
 from diffpress.progress import SILENT, Progress
 from diffpress.targets import find_target
 
@@ -178,7 +177,7 @@ def _write_pipeline(
         "target": settings.target,
         "export": dataclasses.asdict(settings),
         "denoiser": generator.denoiser_name,
-        "parameters": list(inspect.signature(generator.denoiser.forward).parameters),
+        "parameters": argument_names(generator.denoiser),
         "parts": [{"role": part.role, "folder": part.folder, "attribute": part.attribute} for part in parts],
         "plan": dataclasses.asdict(plan),
         "distilled": generator.plan is not None,

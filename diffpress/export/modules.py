@@ -49,14 +49,14 @@ class EngineDenoiser(EngineModule):
 
     def __init__(self, session: Session, config: dict[str, Any], parameters: list[str]) -> None:
         super().__init__(session, config)
-        self._parameters_of_forward = parameters
+        self.argument_names = parameters
         time_ids = config.get(
             "projection_class_embeddings_input_dim"
         )  # pipelines of the SDXL family read it off a layer
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=time_ids))
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        outputs = self.run(dict(zip(self._parameters_of_forward, args, strict=False)) | kwargs)
+        outputs = self.run(dict(zip(self.argument_names, args, strict=False)) | kwargs)
         sample = outputs["out_sample"]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 

@@ -1,0 +1,222 @@
+"""Students of few steps beside their teacher with the best solvers at many step counts: quality against latency.
+
+    diffpress run fp32-onnx model=models/emoji-dit export.target=openvino evaluate.samples=64 --output out/teacher
+    python benchmarks/distill_steps.py out/teacher benchmarks/results/distill-dit.json --students out/a out/b
+    python benchmarks/distill_steps.py --plot benchmarks/results/distill-dit.json docs/distill-dit.png
+
+All are folders that ``diffpress run`` made, so every picture comes through a built engine. The teacher is sampled with
+each solver at each number of steps, students as they were distilled for; all start from the same noise. Fréchet
+distance and coverage are against the reference of the teacher's recipe, the paired error against the teacher with
+DPM-Solver++(2M) at the most steps. Latency is one picture, batch 1, all candidates in turns. Label agreement is of
+`models/emoji-features`, where conditions are its classes. The result is written after every candidate, and the same
+command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import diffpress
+from diffpress.artifact import read_json, write_json
+from diffpress.compress.evaluation import conditions_of
+from diffpress.compress.loading import load_recipe
+from diffpress.compress.measured import median_interval
+from diffpress.compress.methods import METHODS
+from diffpress.compress.progress import RichProgress
+from diffpress.compress.recipe import find_path
+from diffpress.eval.extractors import load_extractor
+from diffpress.eval.features import extract, load_reference
+from diffpress.eval.fidelity import relative_error
+from diffpress.eval.latency import benchmark, speedups
+from diffpress.eval.machine import describe_machine
+from diffpress.eval.replicates import Replicates, density_coverage_replicates, frechet_replicates
+from diffpress.eval.statistics import interval, mean_interval, paired_ratio
+from diffpress.generator import Generator, SamplingPlan
+
+SOLVERS = {
+    "DDIM": "DDIMScheduler",
+    "DPM-Solver++(2M)": "DPMSolverMultistepScheduler",
+    "UniPC": "UniPCMultistepScheduler",
+}
+STEPS = (1, 2, 4, 6, 8, 12, 20, 50)
+SEED = 77_000_000
+EVAL = Path(__file__).resolve().parents[1] / "models"
+
+
+def candidates(teacher: Generator, options: argparse.Namespace, guidance: float) -> dict[str, tuple[Generator, Any]]:
+    """Name to generator and plan: the reference run last, because the others are compared with it."""
+    found: dict[str, tuple[Generator, Any]] = {}
+    for steps in options.steps:
+        for solver in SOLVERS:
+            plan = SamplingPlan(steps=steps, guidance_scale=guidance, scheduler=SOLVERS[solver])
+            found[f"{solver}, {steps}"] = teacher, plan
+    for folder in options.students:
+        student = Generator(diffpress.load(folder))
+        if student.plan is None:
+            raise SystemExit(f"{folder} was not distilled")
+        found[f"{folder.name}, {student.plan.steps}"] = student, student.plan
+    return found
+
+
+def draw(generator: Generator, plan: SamplingPlan, conditions: list, options: argparse.Namespace) -> Any:
+    """Pictures from the benchmark's seeds."""
+    progress = RichProgress(Console(stderr=True))
+    seeds = range(SEED, SEED + len(conditions))
+    return generator.sample(conditions, seeds=seeds, plan=plan, batch_size=options.batch_size, progress=progress)
+
+
+def trailing(generator: Generator) -> None:
+    """Let every solver begin at pure noise and end without any."""
+    config = dict(generator.pipeline.scheduler.config) | {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    generator.pipeline.scheduler = type(generator.pipeline.scheduler).from_config(config)
+
+
+def agreement(features: np.ndarray, conditions: list) -> list[float] | None:
+    """Share of pictures that the classifier puts into the class asked for, with its 95 % interval."""
+    if not all(isinstance(condition, int) for condition in conditions):
+        return None
+    sys.path.insert(0, str(EVAL))
+    from evaluate import agreement
+
+    found = agreement(features, np.asarray(conditions))
+    return [found["agreement"], *found["95 % interval"]]
+
+
+def timed(found: dict[str, tuple[Generator, Any]], conditions: list, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of one picture of each candidate, in turns, and how many times less than the slowest's."""
+    schedulers = dict.fromkeys(found)
+
+    def job(name: str) -> Any:
+        generator, plan = found[name]
+        generator.use_scheduler(plan.scheduler)
+        schedulers[name] = generator.pipeline.scheduler
+
+        def call() -> object:
+            generator.pipeline.scheduler = schedulers[name]  # not made anew within the time
+            return generator.sample(conditions[:1], seeds=[SEED], plan=replace(plan, scheduler=None))
+
+        return call
+
+    timings = benchmark({name: job(name) for name in found}, rounds=options.rounds, warmup=2)
+    slowest = max(timings, key=lambda name: timings[name].median_ms)
+    ratios = speedups(timings, baseline=slowest)
+    return {
+        name: {
+            "ms": dataclasses.asdict(median_interval(timing.samples_ms, unit="ms")),
+            f"over {slowest}": dataclasses.asdict(ratios[name]),
+        }
+        for name, timing in timings.items()
+    }
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    recipe = load_recipe(options.teacher / "recipe.yaml", methods={n: stage.Config for n, stage in METHODS.items()})
+    teacher = Generator(diffpress.load(options.teacher))
+    trailing(teacher)
+    conditions = conditions_of(recipe, teacher, options.samples)
+    extractor = load_extractor(str(find_path(recipe.evaluate.features or "")))
+    path, mark, part = (recipe.evaluate.reference or "").partition("#")
+    reference = load_reference(f"{find_path(path)}{mark}{part}", extractor).values
+    found = candidates(teacher, options, recipe.evaluate.guidance_scale)
+    settings = {"samples": options.samples, "guidance": recipe.evaluate.guidance_scale, "seed": SEED}
+    data: dict[str, Any] = {"settings": settings, "machine": describe_machine(), "candidates": {}}
+    if options.output.is_file():
+        data = read_json(options.output)
+        if data["settings"] != settings:
+            raise SystemExit(f"{options.output} was measured with {data['settings']}; name another file")
+    best = f"DPM-Solver++(2M), {max(options.steps)}"
+    pictures = {best: draw(*found[best], conditions, options)}
+    base: Replicates | None = None
+    for name in [best, *(other for other in found if other != best)]:
+        if name in data["candidates"] and name != best:
+            continue
+        samples = pictures.get(name) or draw(*found[name], conditions, options)
+        features = extract(extractor, samples.images, source=name).values
+        frechet = frechet_replicates(features, reference)
+        base = base or frechet
+        _, coverage = density_coverage_replicates(features, reference)
+        row = {
+            "steps": found[name][1].steps,
+            "student": found[name][0].plan is not None,
+            "Fréchet": dataclasses.asdict(interval(frechet)),
+            f"Fréchet over {best}": dataclasses.asdict(paired_ratio(base, frechet)),
+            "coverage": dataclasses.asdict(interval(coverage)),
+            "paired error": dataclasses.asdict(
+                mean_interval(relative_error(pictures[best].latents, samples.latents), unit="x")
+            ),
+            "label agreement": agreement(features, conditions),
+        }
+        data["candidates"][name] = row
+        write_json(options.output, data)
+    for name, row in timed(found, conditions, options).items():
+        data["candidates"][name]["latency"] = row
+    write_json(options.output, data)
+    return data
+
+
+def plot(data: dict[str, Any], image: Path) -> None:
+    """Fréchet distance against the latency of one picture: a line for each solver, a star for each student."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    rows = {name: row for name, row in data["candidates"].items() if "latency" in row}
+    for solver, color in zip(SOLVERS, ("#8a8f98", "#3b6fb6", "#3f9f7f"), strict=True):
+        line = sorted((row["steps"], row) for name, row in rows.items() if name.startswith(f"{solver}, "))
+        xs, ys = ([pick(row) for _, row in line] for pick in (_ms, _frechet))
+        axes.plot(xs, ys, "o-", color=color, markersize=4, linewidth=1.4, label=f"teacher, {solver}")
+        if solver.startswith("DPM"):
+            for (steps, _), x, y in zip(line, xs, ys, strict=True):
+                axes.annotate(
+                    str(steps), (x, y), (0, 6), textcoords="offset points", fontsize=8, ha="center", color=color
+                )
+    for name, row in rows.items():
+        if row["student"]:
+            axes.plot([_ms(row)], [_frechet(row)], "*", color="#d1495b", markersize=13)
+            axes.annotate(name, (_ms(row), _frechet(row)), (7, -12), textcoords="offset points", fontsize=8.5)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("one picture, ms (batch 1)")
+    axes.set_ylabel("Fréchet distance")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(image, dpi=150)
+
+
+def _ms(row: dict[str, Any]) -> float:
+    return float(row["latency"]["ms"]["value"])
+
+
+def _frechet(row: dict[str, Any]) -> float:
+    return float(row["Fréchet"]["value"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path, nargs="?")
+    parser.add_argument("output", type=Path, nargs="?")
+    parser.add_argument("--students", type=Path, nargs="*", default=[])
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULT", "IMAGE"))
+    options = parser.parse_args()
+    if options.plot:
+        plot(read_json(options.plot[0]), options.plot[1])
+        return
+    if options.output is None:
+        parser.error("name the teacher's run and the result to write")
+    measure(options)
+
+
+if __name__ == "__main__":
+    main()
