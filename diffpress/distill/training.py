@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffpress.config import config
+from diffpress.distill.lora import add_adapters, merge_adapters
 from diffpress.errors import ArtifactError, ConfigError, TrainingError
 from diffpress.progress import Progress
 
@@ -57,6 +58,8 @@ class TrainingSettings:
     """Precision of forward and backward passes; weights and updates are float32."""
     compile: bool = False
     """Whether the network is compiled for training; on a CPU torch.compile wants a C++ compiler."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Rank of LoRA adapters that are trained instead of the weights, and merged into them at the end; null: none."""
     checkpoint_every: Annotated[float, Field(gt=0)] = 120.0
     """Seconds between checkpoints."""
     preview_every: Annotated[int, Field(ge=0)] = 0
@@ -135,7 +138,7 @@ class _Run:
     """The network with its optimizer and averages, and how far it is."""
 
     def __init__(self, network: nn.Module, target: nn.Module | None, settings: TrainingSettings, key: str) -> None:
-        self.settings, self.key, self.target = settings, key, target
+        self.settings, self.key = settings, key
         self.accelerator = Accelerator(mixed_precision="no")
         if settings.batch_size % self.accelerator.num_processes:
             raise ConfigError(
@@ -143,6 +146,7 @@ class _Run:
                 "processes"
             )
         self.network = network.to(self.accelerator.device)
+        self.target = None if target is None else target.to(self.accelerator.device)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
@@ -243,6 +247,8 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CHECKPOINT
+    if settings.rank is not None:
+        add_adapters(network, settings.rank, seed=seed)
     network.eval()  # no dropout, of labels either: the student learns a function, not a distribution
     run = _Run(network, target[0] if target else None, settings, key)
     if path.exists():
@@ -273,6 +279,8 @@ def fit(
         run.save(path)
     if settings.ema:
         run.ema.copy_to(run.parameters)
+    if settings.rank is not None:
+        merge_adapters(network)
     return run.fitted
 
 

@@ -185,3 +185,17 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
         for value, expected in zip(weights, alone.parameters(), strict=True):
             torch.testing.assert_close(torch.tensor(value), expected.detach(), atol=1e-5, rtol=0)
     assert (other.weight - alone.weight).abs().max() > 1e-3  # what another batch size does
+
+
+def test_adapters_learn_and_leave_a_stock_network(tmp_path):
+    pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(3, 1))
+    nn.init.zeros_(model[0].bias)
+    before = model[0].weight.detach().clone()
+    _, fitted = train(tmp_path, replace(SETTINGS, steps=120, rank=1), model=model)
+    assert [type(layer) for layer in model.modules()] == [nn.Sequential, nn.Linear]
+    assert sum(fitted.losses[-5:]) < 0.1 * sum(fitted.losses[:5])
+    assert not model[0].bias.any()  # frozen
+    x = torch.eye(3)
+    torch.testing.assert_close(model(x).detach(), SLOPE.T, atol=0.2, rtol=0)  # the merged weights are the learned ones
+    assert (before - SLOPE).abs().max() > 0.5
