@@ -107,7 +107,7 @@ def chord(
     return (sigma_e * x_s - sigma_s * x_e) / determinant, (alpha_s * x_e - alpha_e * x_s) / determinant
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """u + scale (c - u), classifier-free guidance (Ho & Salimans 2022); scale 1 is the conditional branch alone."""
     return unconditional + scale * (conditional - unconditional)
 

@@ -1,5 +1,6 @@
 """The methods table: every stage a recipe can name."""
 
+from diffpress.distill.consistency import Consistency
 from diffpress.distill.reflow import Reflow
 from diffpress.quantize.int8 import Int8
 from diffpress.quantize.reparam import Reparam
@@ -8,6 +9,7 @@ from diffpress.quantize.weights import Weights
 from diffpress.stage import Stage
 
 METHODS: dict[str, type[Stage]] = {
+    "distill.consistency": Consistency,
     "distill.reflow": Reflow,
     "quantize.int8": Int8,
     "quantize.reparam": Reparam,

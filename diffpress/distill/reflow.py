@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,10 +20,19 @@ from torch import Tensor, nn
 
 from diffpress.artifact import fingerprint
 from diffpress.config import config
-from diffpress.denoise import Conditioning, check_solver, denoise, encode
+from diffpress.denoise import Conditioning, check_solver, denoise
 from diffpress.diffusion import Schedule, chord, ddim, draw_time, flow_time, level, pseudo_huber, target, timestep_at
-from diffpress.distill.pairs import Pairs, PairSettings, PairStore, solver_plan
-from diffpress.distill.student import adopt, check_grid, held_out_error, previews, restore, trailing
+from diffpress.distill.pairs import Pairs, PairSettings, solver_plan
+from diffpress.distill.student import (
+    Conditions,
+    adopt,
+    check_grid,
+    collect,
+    held_out_error,
+    outcome,
+    previews,
+    restore,
+)
 from diffpress.distill.training import Draw, Fitted, TrainingSettings, fit
 from diffpress.generator import Generator
 from diffpress.stage import Applied, Context
@@ -131,50 +139,20 @@ class Reflow:
 
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Raises ConfigError, ArtifactError, InfrastructureError or TrainingError; the run's folder keeps the work."""
-        work = context.work_folder()
-        conditions = generator.conditions(self.config.pairs.count, context.pool)
-        unique = list(dict.fromkeys(conditions))
-        train, held_out = self._pairs(generator, context, conditions, work)
-        teacher = held_out_error(  # the teacher itself at the student's steps, its own solver
-            generator,
-            held_out,
-            dataclasses.replace(self._plan(context), steps=self.config.steps),
-            batch_size=self.config.pairs.batch_size,
-        )
-        schedule = generator.schedule
-        metadata = adopt(generator, self.config.steps)
-        check_grid(generator, held_out, unique[0])
-        loss = self._loss(generator, context, train, unique, schedule)
-        fitted = self._fit(generator, context, loss, unique, work)
-        assert generator.plan is not None
-        student = held_out_error(generator, held_out, generator.plan, batch_size=self.config.pairs.batch_size)
-        found, before = float(student.mean()), float(teacher.mean())
-        summary = (
-            f"{self.config.steps}-step student, {self.config.training.steps} updates: held-out error {found:.3f}; "
-            f"the teacher at {self.config.steps} steps {before:.3f}"
-        )
-        facts = {"losses": fitted.losses, "held_out_error": found, "teacher_error": before}
-        return Applied(generator, metadata | facts, summary)
-
-    def _plan(self, context: Context) -> Any:
-        return solver_plan(self.config.pairs, context.plan)
-
-    def _pairs(
-        self, generator: Generator, context: Context, conditions: Sequence[Any], work: Path
-    ) -> tuple[Pairs, Pairs]:
-        settings = self.config.pairs
-        folder = Path(settings.folder).expanduser() if settings.folder else work / "pairs"
-        generator.pipeline.scheduler = trailing(generator.pipeline.scheduler, settings.scheduler)
-        store = PairStore(folder, generator, settings, context.plan)
-        return store.collect(conditions, self.config.phase_count, seed=context.train_seed, progress=context.progress)
-
-    def _loss(
-        self, generator: Generator, context: Context, pairs: Pairs, unique: list[Any], schedule: Schedule
-    ) -> ReflowLoss:
-        conditioning, _ = encode(generator, unique, context.plan)
-        place = {condition: index for index, condition in enumerate(unique)}
-        index = torch.tensor([place[condition] for condition in pairs.conditions])
-        return ReflowLoss(pairs, conditioning, index, schedule, self.config.times, self.config.loss)
+        settings, work = self.config, context.work_folder()
+        train, held_out = collect(generator, context, settings.pairs, settings.phase_count)
+        plan = dataclasses.replace(solver_plan(settings.pairs, context.plan), steps=settings.steps)
+        batch_size = settings.pairs.batch_size
+        teacher = held_out_error(generator, held_out, plan, batch_size=batch_size)  # by its own solver
+        conditions, schedule = Conditions.of(generator, train, plan), generator.schedule
+        metadata = adopt(generator, settings.steps)
+        plan = generator.plan_for(plan)
+        check_grid(generator, held_out.edges, conditions.unique[0], plan)
+        loss = ReflowLoss(train, conditions.conditional, conditions.index, schedule, settings.times, settings.loss)
+        fitted = self._fit(generator, context, loss, conditions.unique, work)
+        student = held_out_error(generator, held_out, plan, batch_size=batch_size)
+        facts, sentence = outcome(fitted, student, teacher, settings.steps)
+        return Applied(generator, metadata | facts, f"{settings.steps}-step student, {sentence}")
 
     def _fit(self, generator: Generator, context: Context, loss: ReflowLoss, unique: list[Any], work: Path) -> Fitted:
         return fit(

@@ -1,7 +1,8 @@
-"""What every student shares: a first-order solver on the teacher's grid, its sampling plan, its held-out error."""
+"""What every student shares: its teacher and records, a first-order solver, its sampling plan, its held-out error."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
@@ -11,12 +12,15 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffpress.denoise import trajectory
-from diffpress.distill.pairs import Pairs
+from diffpress.denoise import Conditioning, denoise, encode, trajectory
+from diffpress.diffusion import guide
+from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore
+from diffpress.distill.training import Fitted
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan
+from diffpress.stage import Context
 
 _WHOLE_RANGE = {"timestep_spacing": "trailing", "final_sigmas_type": "zero", "set_alpha_to_one": True}
 _FIRST_ORDER = {"solver_order": 1, "algorithm_type": "dpmsolver++", "lower_order_final": True}
@@ -57,16 +61,88 @@ def restore(generator: Generator, metadata: dict[str, Any]) -> None:
     adopt(generator, plan["steps"], guidance_scale=plan["guidance_scale"])
 
 
-def check_grid(student: Generator, pairs: Pairs, condition: Any) -> None:
-    """Raises ConfigError where the student would be called at other times than those that were stored."""
-    assert student.plan is not None
-    found = trajectory(student, [condition], seeds=[0], plan=student.plan).timesteps.tolist()
-    stored = [float(edge.timestep or 0) for edge in pairs.edges[:-1]]
-    if len(found) % len(stored) or not np.allclose(found[:: len(found) // len(stored)], stored, atol=1e-3):
+def check_grid(student: Generator, edges: Sequence[Edge], condition: Any, plan: SamplingPlan) -> None:
+    """Raises ConfigError where the student, sampled by ``plan``, is not called at the starts of the trained phases."""
+    found = trajectory(student, [condition], seeds=[0], plan=plan).timesteps.tolist()
+    trained = [float(edge.timestep or 0) for edge in edges[:-1]]
+    if len(found) % len(trained) or not np.allclose(found[:: len(found) // len(trained)], trained, atol=1e-3):
         raise ConfigError(
-            f"conflicting grids: the student is called at timesteps {found}, but the pairs hold {stored}; "
+            f"conflicting grids: the student is called at timesteps {found}, but learns at {trained}; "
             "allowed: a solver whose grid of few steps is part of its grid of many"
         )
+
+
+def collect(generator: Generator, context: Context, settings: PairSettings, phases: int) -> tuple[Pairs, Pairs]:
+    """Records to train on and held-out ones of ``generator``, the teacher; its scheduler becomes `trailing`.
+
+    Raises what `PairStore.collect` does.
+    """
+    folder = Path(settings.folder).expanduser() if settings.folder else context.work_folder() / "pairs"
+    conditions = generator.conditions(settings.count, context.pool)
+    generator.pipeline.scheduler = trailing(generator.pipeline.scheduler, settings.scheduler)
+    store = PairStore(folder, generator, settings, context.plan)
+    return store.collect(conditions, phases, seed=context.train_seed, progress=context.progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What the denoiser is given for the conditions of all records."""
+
+    unique: list[Any]
+    index: Tensor
+    """int64 [n]: which row of the two below each record has."""
+    conditional: Conditioning
+    unconditional: Conditioning | None
+    """None where the generator has no unconditional branch."""
+
+    @classmethod
+    def of(cls, generator: Generator, pairs: Pairs, plan: SamplingPlan) -> Conditions:
+        """Those of ``pairs``; ``plan`` says the size."""
+        place = {condition: index for index, condition in enumerate(dict.fromkeys(pairs.conditions))}
+        conditional, unconditional = encode(generator, list(place), dataclasses.replace(plan, scheduler=None))
+        index = torch.tensor([place[condition] for condition in pairs.conditions])
+        return cls(list(place), index, conditional, unconditional)
+
+
+def check_teacher(generator: Generator, settings: PairSettings) -> None:
+    """Raises ConfigError for a teacher whose guided output is not u + scale (c - u) of two calls."""
+    config, name = generator.denoiser.config, type(generator.denoiser).__name__
+    for told in ("time_cond_proj_dim", "guidance_embeds"):
+        if getattr(config, told, None):
+            raise ConfigError(f"{name} is told the guidance scale ({told}); allowed: a network guided by a second call")
+    guided = "guidance_scale" in inspect.signature(type(generator.pipeline).__call__).parameters
+    if (settings.guidance_scale or 1) > 1 and not guided:
+        raise ConfigError(
+            f"pairs.guidance_scale is {settings.guidance_scale}, but {type(generator.pipeline).__name__} has no "
+            "guidance; allowed: null"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The denoiser as it was before the training, with guidance."""
+
+    network: nn.Module
+    conditions: Conditions
+
+    @classmethod
+    def of(cls, generator: Generator, conditions: Conditions) -> Teacher:
+        """A frozen copy of the generator's denoiser."""
+        return cls(copy.deepcopy(generator.denoiser).eval().requires_grad_(False), conditions)
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, told: Tensor, rows: Tensor, scale: float | Tensor) -> Tensor:
+        """U + scale (c - u), float32 [n, c, ...] in the network's own parameterization, for records ``rows`` [n].
+
+        A number of 1 or less means the conditional branch alone, as in the pipelines. Any parameterization is linear
+        in x_0 at a given x_t, so guidance of one is guidance of all.
+        """
+        network, index = self.network.to(x_t.device), self.conditions.index[rows]
+        conditional = denoise(network, x_t, told, self.conditions.conditional.rows(index).to(x_t.device)).float()
+        free = self.conditions.unconditional
+        if free is None or (not isinstance(scale, Tensor) and scale <= 1):
+            return conditional
+        return guide(conditional, denoise(network, x_t, told, free.rows(index).to(x_t.device)).float(), scale)
 
 
 def held_out_error(generator: Generator, pairs: Pairs, plan: SamplingPlan, *, batch_size: int) -> Tensor:
@@ -92,3 +168,11 @@ def previews(student: Generator, conditions: Sequence[Any], folder: Path, *, cou
         Image.fromarray(np.concatenate(rows)).save(folder / f"preview-{step:06d}.png")
 
     return write
+
+
+def outcome(fitted: Fitted, student: Tensor, teacher: Tensor, steps: int) -> tuple[dict[str, Any], str]:
+    """Facts for the metadata; half a sentence: held-out errors, [n], of the student and of the teacher in ``steps``."""
+    found, before = float(student.mean()), float(teacher.mean())
+    facts = {"losses": fitted.losses, "held_out_error": found, "teacher_error": before}
+    said = "one step" if steps == 1 else f"{steps} steps"
+    return facts, f"{len(fitted.losses)} updates: held-out error {found:.3f}; the teacher in {said} {before:.3f}"
