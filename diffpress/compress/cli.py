@@ -178,9 +178,9 @@ def run(
 
     loaded = load_recipe(recipe, overrides or [], methods=_configs())
     result = runner.run(loaded, output, dry_run=dry_run, progress=_progress())
-    if result is None:
+    if dry_run:
         _err.print("The recipe fits the model and the target; nothing was built.")
-    else:
+    elif result is not None:
         _finish(result.report, result.directory)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from diffpress import __version__
+from diffpress import __version__, processes
 from diffpress.artifact import Artifact, fingerprint, folder_hash, load_weights, read_json, save_weights, write_json
 from diffpress.compress import evaluation, timing
 from diffpress.compress.assemble import ENGINE, MIB, Found, assemble, now, plain, stage_name
@@ -102,13 +102,19 @@ class Run:
             logger.info("engine: done already")
             return
         generator, pending = self._restore(keys)
+        processes.wait_for_all()  # none writes before all have read what is there
         for number in pending:
             name, stage = self.stages[number]
             place = stage_name(number, name)
             scratch = self.artifact.folder / "work" / f"{place}-{keys[number][:12]}"
-            self.artifact.step(place, keys[number], f"stages/{place}", partial(self._apply, generator, stage, scratch))
-            shutil.rmtree(scratch, ignore_errors=True)
-        self.artifact.step(ENGINE, keys[-1], ENGINE, partial(self._export, generator))
+            if processes.first():
+                work = partial(self._apply, generator, stage, scratch)
+                self.artifact.step(place, keys[number], f"stages/{place}", work)
+                shutil.rmtree(scratch, ignore_errors=True)
+            else:
+                stage.apply(generator, self.context(generator, scratch))
+        if processes.first():
+            self.artifact.step(ENGINE, keys[-1], ENGINE, partial(self._export, generator))
 
     def _keys(self) -> list[str]:
         """One key for each stage and one for the engine; each takes in the one before."""
@@ -243,11 +249,15 @@ class Run:
 def run(recipe: Recipe, output: Path, *, dry_run: bool = False, progress: Progress = SILENT) -> Result | None:
     """Run ``recipe`` into ``output`` and return what was found; with ``dry_run`` only check, and return None.
 
-    Killed at any moment and called again, it goes on after the last finished step and ends with the same bytes.
+    Killed at any moment and called again, it goes on after the last finished step and ends with the same bytes. In all
+    but the first of several processes, which help with the stages that train, it returns None too.
     """
-    work = Run(recipe, Artifact(output), progress)
+    work = Run(recipe, Artifact(output), progress if processes.first() else SILENT)
     work.check()
     if dry_run:
+        return None
+    if not processes.first():
+        work.build()
         return None
     with Artifact.open(output, need=_needed(recipe)) as work.artifact:
         (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")

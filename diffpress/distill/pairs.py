@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffpress import processes
 from diffpress.artifact import file_hash, fingerprint, read_json, write_json
 from diffpress.config import config
 from diffpress.denoise import check_solver, first_inputs, trajectory
@@ -136,9 +137,11 @@ class PairStore:
                 (f"{name}-{start:07d}.safetensors", start, min(self.settings.shard, count - start))
                 for start in range(0, count, self.settings.shard)
             ]
-            self._make(shards, conditions, phases, first, progress)
+            self._make(processes.mine(shards), conditions, phases, first, progress)
             parts.append((name, shards, first))
-        self._seal(identity, [file for _, shards, _ in parts for file, _, _ in shards])
+        processes.wait_for_all()
+        if processes.first():
+            self._seal(identity, [file for _, shards, _ in parts for file, _, _ in shards])
         train, held_out = (self._read(shards, conditions, first) for _, shards, first in parts)
         return train, held_out
 
@@ -174,7 +177,7 @@ class PairStore:
         logger.info("pairs take %.1f MiB in %s", size / 2**20, self.folder)
         if free < need:
             raise InfrastructureError(f"{self.folder}: {free >> 20} MiB are free, the pairs take {need >> 20} MiB more")
-        if not path.exists():
+        if processes.first() and not path.exists():
             write_json(path, identity)
 
     def size(self, condition: Any, phases: int) -> int:
@@ -183,7 +186,12 @@ class PairStore:
         return 4 * state[0].numel() * (phases + 1) * (self.settings.count + self.settings.held_out)
 
     def _make(
-        self, shards: list[tuple[str, int, int]], conditions: Sequence[Any], phases: int, first: int, progress: Progress
+        self,
+        shards: Sequence[tuple[str, int, int]],
+        conditions: Sequence[Any],
+        phases: int,
+        first: int,
+        progress: Progress,
     ) -> None:
         missing = [shard for shard in shards if not (self.folder / shard[0]).exists()]
         if not missing:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffpress import processes
 from diffpress.config import config
 from diffpress.distill.lora import add_adapters, merge_adapters
 from diffpress.errors import ArtifactError, ConfigError, TrainingError
@@ -139,7 +140,8 @@ class _Run:
 
     def __init__(self, network: nn.Module, target: nn.Module | None, settings: TrainingSettings, key: str) -> None:
         self.settings, self.key = settings, key
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=processes.without_gpu())
+        assert self.accelerator.num_processes == processes.count()
         if settings.batch_size % self.accelerator.num_processes:
             raise ConfigError(
                 f"training.batch_size {settings.batch_size} is not a multiple of the {self.accelerator.num_processes} "

@@ -10,7 +10,7 @@ import diffpress
 PACKAGE = Path(diffpress.__file__).parent
 STAGES = ("quantize", "prune", "distill", "export", "eval")
 FLOORS = (
-    ("errors", "config", "progress", "memory", "targets", "diffusion", "checkpoint"),
+    ("errors", "config", "processes", "progress", "memory", "targets", "diffusion", "checkpoint"),
     ("generator", "denoise", "stage", "artifact"),
     STAGES,
     ("compress",),
