@@ -1,6 +1,7 @@
 """The methods table: every stage a recipe can name."""
 
 from diffpress.distill.consistency import Consistency
+from diffpress.distill.guidance import Guidance
 from diffpress.distill.reflow import Reflow
 from diffpress.quantize.int8 import Int8
 from diffpress.quantize.reparam import Reparam
@@ -10,6 +11,7 @@ from diffpress.stage import Stage
 
 METHODS: dict[str, type[Stage]] = {
     "distill.consistency": Consistency,
+    "distill.guidance": Guidance,
     "distill.reflow": Reflow,
     "quantize.int8": Int8,
     "quantize.reparam": Reparam,

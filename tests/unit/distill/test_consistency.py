@@ -90,7 +90,7 @@ def test_loss_and_gradient_vanish_at_the_oracle_as_the_grid_grows(changes, kind,
     """With the fourth power of a level's width, the teacher's error of one step squared; in x_0 with the third."""
     schedule = FLOW if kind == "flow" else replace(VP, parameterization=kind)
     losses = [made(schedule=schedule, grid=grid, **changes) for grid in (20, 40, 80)]
-    errors = [float(value(loss, ideal(loss))) for loss in losses]
+    errors = [value(loss, ideal(loss)).item() for loss in losses]
     assert all(finer < coarser / 5 for coarser, finer in pairwise(errors))
     assert errors[-1] < 0.05 * value(losses[-1], off(losses[-1]))
     assert slope(losses[-1], ideal(losses[-1])) < 0.01 * slope(losses[-1], off(losses[-1]))
@@ -99,7 +99,7 @@ def test_loss_and_gradient_vanish_at_the_oracle_as_the_grid_grows(changes, kind,
 @KINDS
 def test_loss_vanishes_at_the_oracle_as_ects_stages_pass(kind, off):
     loss = made(schedule=FLOW if kind == "flow" else replace(VP, parameterization=kind), stages=8)
-    first, middle, last = (float(value(loss, ideal(loss), step=step)) for step in (0, 75, 149))
+    first, middle, last = (value(loss, ideal(loss), step=step).item() for step in (0, 75, 149))
     assert middle < 0.01 * first
     assert last < 0.01 * middle
     assert last < 0.01 * value(loss, off(loss), step=149)
