@@ -278,7 +278,8 @@ class Consistency:
         with patched(generator.pipeline, "scheduler", solver):
             after = held_out_error(generator, held_out, plan, batch_size=batch_size)
         facts, sentence = outcome(fitted, after, before, calls)
-        return Applied(generator, metadata | facts, f"{settings.steps}-step student, {sentence}")
+        judged = ", judged by its first call alone" if settings.renoises else ""
+        return Applied(generator, metadata | facts, f"{settings.steps}-step student{judged}, {sentence}")
 
     def _levels(self, generator: Generator, schedule: Schedule, condition: Any, plan: SamplingPlan) -> tuple[Edge, ...]:
         """The grid that the student's solver visits in as many steps; ConfigError where its few are not among them."""

@@ -331,6 +331,7 @@ def test_pipeline_renoises_as_the_trainer_would(sd, context, tmp_path, steps, gr
     schedule = sd.schedule
     applied = apply(sd, context, tmp_path, steps=steps, phases=1, grid=grid, training=SHORT)
     assert type(sd.pipeline.scheduler).__name__ == "LCMScheduler"
+    assert applied.summary.startswith("4-step student, judged by its first call alone, 3 updates: held-out error ")
     assert "the teacher in one step" in applied.summary
     conditional, _ = encode(sd, sd.conditions(1), sd.plan)
     seeded = torch.Generator().manual_seed(3)
