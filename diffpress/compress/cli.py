@@ -193,8 +193,14 @@ def generate(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used in turn.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1: none.")] = 3.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Sampling steps.", show_default="what an engine was distilled for, or 20"),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(min=0, help="Classifier-free guidance; 1: none.", show_default="likewise, or 3"),
+    ] = None,
 ) -> None:
     """Make pictures with an engine or with an original model. Existing pictures are not overwritten.
 
@@ -205,11 +211,10 @@ def generate(
     diffpress generate models/emoji-unet --output pictures --prompt "red apple" --seed 7
     """
     from diffpress.compress.pictures import generate_pictures
-    from diffpress.generator import SamplingPlan
 
-    plan = SamplingPlan(steps=steps, guidance_scale=guidance_scale)
     seeds = range(seed, seed + count)
-    files = generate_pictures(source, output, seeds, prompts=prompt, plan=plan, progress=_progress())
+    options = {"prompts": prompt, "steps": steps, "guidance_scale": guidance_scale}
+    files = generate_pictures(source, output, seeds, **options, progress=_progress())  # type: ignore[arg-type]
     for file in files:
         typer.echo(str(file))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _BATCH = 4  # pictures at once
+_USUAL = SamplingPlan(steps=20, guidance_scale=3.0)
 
 
 def generate_pictures(
@@ -25,13 +27,15 @@ def generate_pictures(
     seeds: Sequence[int],
     *,
     prompts: Sequence[str] | None,
-    plan: SamplingPlan,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     progress: Progress = SILENT,
 ) -> list[Path]:
     """Sample one picture for each seed into ``output`` and return the files, ``0007-red-apple.png``.
 
     ``source`` is an artifact folder, or a model that `Generator.load` takes. ``prompts`` (or classes; None: the
-    generator's own) are used in turn. Raises `ConfigError` where a file exists already.
+    generator's own) are used in turn. None for ``steps`` and ``guidance_scale`` is what an engine was distilled for, or
+    else 20 and 3. Raises `ConfigError` where a file exists already.
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; allowed: a folder")
@@ -44,6 +48,9 @@ def generate_pictures(
     if taken:
         raise ConfigError(f"these pictures exist and are not overwritten: {', '.join(taken)}; give another --output")
     output.mkdir(parents=True, exist_ok=True)
+    usual = generator.plan or _USUAL
+    strength = usual.guidance_scale if guidance_scale is None else guidance_scale
+    plan = replace(usual, steps=steps or usual.steps, guidance_scale=strength)
     samples = generator.sample(conditions, seeds=seeds, plan=plan, batch_size=_BATCH, progress=progress)
     for file, picture in zip(files, samples.images, strict=True):
         Image.fromarray(picture).save(file)

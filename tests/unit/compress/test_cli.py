@@ -196,18 +196,20 @@ def test_old_packages_are_named(monkeypatch):
 
 
 class _Generator:
+    plan = None
     conditioning_kind = "class"
 
     def conditions(self, count, given):
         return [(given or ["apple"])[index % len(given or [0])] for index in range(count)]
 
     def sample(self, conditions, *, seeds, plan, batch_size, progress):
+        self.used = plan
         return SimpleNamespace(images=np.zeros((len(seeds), 8, 8, 3), dtype=np.uint8))
 
 
 def test_generate_names_pictures_and_overwrites_none(monkeypatch, tmp_path):
     monkeypatch.setattr(pictures, "open_generator", lambda source: _Generator())
-    options = {"prompts": ["Red apple!", "7"], "plan": SamplingPlan(steps=1)}
+    options = {"prompts": ["Red apple!", "7"], "steps": 1}
     files = pictures.generate_pictures("x", tmp_path / "out", range(5, 8), **options)
     assert [file.name for file in files] == ["0005-red-apple.png", "0006-7.png", "0007-red-apple.png"]
     with pytest.raises(ConfigError, match=r"not overwritten: .*0007-red-apple\.png"):
@@ -215,6 +217,23 @@ def test_generate_names_pictures_and_overwrites_none(monkeypatch, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 3
     with pytest.raises(ConfigError, match="is a file; allowed: a folder"):
         pictures.generate_pictures("x", files[0], range(1), **options)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "used"),
+    [
+        (None, {}, (20, 3.0)),
+        (None, {"steps": 7, "guidance_scale": 0.0}, (7, 0.0)),
+        (SamplingPlan(steps=4, guidance_scale=1.0), {}, (4, 1.0)),
+        (SamplingPlan(steps=4, guidance_scale=1.0), {"steps": 2}, (2, 1.0)),
+    ],
+)
+def test_generate_takes_the_steps_that_an_engine_was_distilled_for(monkeypatch, tmp_path, own, given, used):
+    generator = _Generator()
+    generator.plan = own
+    monkeypatch.setattr(pictures, "open_generator", lambda source: generator)
+    pictures.generate_pictures("x", tmp_path, range(1), prompts=None, **given)
+    assert (generator.used.steps, generator.used.guidance_scale) == used
 
 
 def test_progress_logs_one_line_where_there_is_no_terminal(caplog):
