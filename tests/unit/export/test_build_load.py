@@ -260,3 +260,43 @@ def test_a_folder_that_is_no_engine(tmp_path):
     (tmp_path / "diffpress.json").write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read"):
         load(tmp_path)
+
+
+def distilled(folder, tmp_path):
+    """A copy of an engine folder whose manifest says that it was distilled for 2 steps without guidance."""
+    copy = shutil.copytree(folder, tmp_path / "distilled")
+    manifest = json.loads((copy / build.MANIFEST).read_text())
+    manifest |= {"distilled": True, "plan": manifest["plan"] | {"steps": 2, "guidance_scale": 1.0}}
+    (copy / build.MANIFEST).write_text(json.dumps(manifest))
+    return copy
+
+
+def test_a_distilled_engine_is_sampled_as_it_was_distilled(dit_built, tmp_path, caplog):
+    pipeline = load(distilled(dit_built[1].folder, tmp_path))
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args), with_kwargs=True)
+    assert type(pipeline).__name__ == "DiTPipeline"
+    assert Generator(pipeline).plan_for(Generator(pipeline).plan).steps == 2
+    one = pipeline([1], generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert (len(seen), len(caplog.records)) == (2, 0)
+    pipeline([1], num_inference_steps=2, guidance_scale=1.0, output_type="np")
+    assert (len(seen), len(caplog.records)) == (4, 0)
+    with caplog.at_level("WARNING"):
+        other = pipeline(
+            [1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np"
+        ).images
+    assert [record.message for record in caplog.records] == [
+        "distilled for num_inference_steps=2, called with 3: expect worse pictures"
+    ]
+    assert len(seen) == 7
+    assert abs(one - other).max() > 0.01
+
+
+def test_an_engine_that_was_not_distilled_has_no_plan_of_its_own(dit_built, caplog):
+    pipeline = load(dit_built[1].folder)
+    pipeline.set_progress_bar_config(disable=True)
+    with caplog.at_level("WARNING"):
+        pipeline([1], num_inference_steps=3, output_type="np")
+    assert Generator(pipeline).plan is None
+    assert not caplog.records
