@@ -52,13 +52,33 @@ def methods(name: str) -> list[str]:
     return [*lines, ""]
 
 
+def students(name: str) -> list[str]:
+    path = RESULTS / f"distill-{name}.json"
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "| sampler, steps | one picture, ms | Fréchet distance | coverage | label agreement | paired error |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in sorted(data["candidates"].items(), key=lambda item: item[1]["latency"]["ms"]["value"]):
+        cells = [row["latency"]["ms"], row["Fréchet"], row["coverage"]]
+        agreed = row["label agreement"]
+        label = "–" if agreed is None else f"{agreed[0]:.1%} ({agreed[1]:.1%}–{agreed[2]:.1%})"
+        shown = [f"{cell['value']:.3g} ({cell['low']:.3g}–{cell['high']:.3g})" for cell in cells]
+        error = row["paired error"]
+        marked = f"**{name}**" if row["student"] else name
+        lines.append(f"| {marked} | {' | '.join(shown)} | {label} | {error['value']:.3f} |")
+    return [*lines, ""]
+
+
 def denoisers(name: str) -> list[str]:
     path = RESULTS / f"{name}.json"
     return table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
 
 
 def main() -> None:
-    parts = [*recipes(), "", *methods("dit"), *methods("unet")]
+    parts = [*recipes(), "", *methods("dit"), *methods("unet"), *students("dit"), *students("unet")]
     print("\n".join([*parts, *denoisers("cpu-denoiser"), *denoisers("cpu-denoiser-outliers")]))
 
 
