@@ -92,6 +92,14 @@ def ddim(x_0: Tensor, eps: Tensor, *, alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha * x_0 + sigma * eps
 
 
+def anneal(noise: Tensor, fresh: Tensor, beta: float) -> Tensor:
+    """sqrt(1 - beta^2) z + beta xi: paired noise mixed with fresh noise, beta in [0, 1]; variance 1 at every beta.
+
+    Annealing reflow (SlimFlow, Zhu et al. 2024): beta 1 is ordinary training on the samples, beta 0 is reflow.
+    """
+    return math.sqrt(1 - beta**2) * noise + beta * fresh
+
+
 def chord(
     x_s: Tensor, x_e: Tensor, *, alpha_s: Tensor, sigma_s: Tensor, alpha_e: Tensor, sigma_e: Tensor
 ) -> tuple[Tensor, Tensor]:

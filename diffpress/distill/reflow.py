@@ -4,7 +4,9 @@ With one phase and times drawn over all of it, this is rectified flow on pairs (
 of 2-rectified flow++, Lee et al. 2024) in the form of Rectified Diffusion (Wang et al. 2024): the network keeps its
 parameterization and its schedule, on whose path x_t = alpha x_0 + sigma eps a first-order solver is exact where the
 paired eps is predicted. With M phases each has a constant pair of its own, the chord through the states at its ends.
-With times at the phases' starts only, it is k-step distillation. No real data anywhere.
+With times at the phases' starts only, it is k-step distillation. A student that cannot begin with the teacher's
+weights may begin with fresh noise in place of the paired (annealing reflow; SlimFlow, Zhu et al. 2024). No real data
+anywhere.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -20,8 +22,19 @@ from torch import Tensor, nn
 
 from diffpress.artifact import fingerprint
 from diffpress.config import config
-from diffpress.denoise import Conditioning, check_solver, denoise
-from diffpress.diffusion import Schedule, chord, ddim, draw_time, flow_time, level, pseudo_huber, target, timestep_at
+from diffpress.denoise import check_solver, denoise
+from diffpress.diffusion import (
+    Schedule,
+    anneal,
+    chord,
+    ddim,
+    draw_time,
+    flow_time,
+    level,
+    pseudo_huber,
+    target,
+    timestep_at,
+)
 from diffpress.distill.pairs import Pairs, PairSettings, solver_plan
 from diffpress.distill.student import (
     Conditions,
@@ -55,6 +68,9 @@ class ReflowConfig:
     """Where in a phase the student learns: at its start only (k-step distillation), or at times of this density."""
     loss: Literal["l2", "huber"] = "huber"
     """Squared error, or pseudo-Huber."""
+    anneal: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the training over which fresh noise gives way to the paired, linearly (SlimFlow); for one phase, and
+    times within it."""
     pairs: PairSettings = PairSettings()
     """The teacher's runs."""
     training: TrainingSettings = TrainingSettings()
@@ -71,6 +87,13 @@ class ReflowConfig:
             raise ValueError(
                 f"times 'edges' trains {phases} calls, but steps is {self.steps}: set phases to it or null"
             )
+        if self.anneal and phases != 1:
+            raise ValueError(f"anneal {self.anneal:g} does not go with phases {phases}; allowed: phases 1")
+        if self.anneal and self.times == "edges":
+            raise ValueError(
+                f"anneal {self.anneal:g} does not go with times 'edges', where fresh noise says nothing of its sample; "
+                "allowed: times 'uniform' or 'u_shaped'"
+            )
         return self
 
     @property
@@ -78,31 +101,55 @@ class ReflowConfig:
         return self.phases or self.steps
 
 
+class Example(NamedTuple):
+    """What the network is shown, and what it should answer, for each record."""
+
+    x_t: Tensor
+    """[n, c, ...]"""
+    told: Tensor
+    """[n]: what it is told of t."""
+    wanted: Tensor
+    """[n, c, ...]: the output that belongs to the chord."""
+
+    def to(self, device: torch.device | str) -> Example:
+        return Example(*(value.to(device) for value in self))
+
+
 @dataclasses.dataclass(frozen=True)
 class ReflowLoss:
     """Mean over a batch of d(network(x_t, t), the output that belongs to the chord of t's phase)."""
 
     pairs: Pairs
-    conditioning: Conditioning
-    index: Tensor
-    """int64 [n]: which row of ``conditioning`` each record has."""
+    conditions: Conditions
     schedule: Schedule
-    times: str
-    loss: str
+    config: ReflowConfig
 
     def __call__(self, network: nn.Module, draw: Draw) -> Tensor:
-        rows = draw.mine(draw.rows(len(self.pairs)))
-        phase = draw.mine((draw.uniform() * self.pairs.phases).long())
-        inside = draw.mine(draw.uniform().double())
-        x_t, told, wanted = self.example(rows, phase, inside)
-        found = denoise(network, x_t, told, self.conditioning.rows(self.index[rows]))
+        rows = draw.mine(draw.rows(len(self.pairs))).cpu()  # records stay in main memory, a batch moves
+        phase = draw.mine((draw.uniform() * self.pairs.phases).long()).cpu()
+        inside = draw.mine(draw.uniform().double()).cpu()
+        fresh = draw.mine(draw.normal(*self.pairs.states.shape[2:])).cpu() if self.config.anneal else None
+        example = self.example(rows, phase, inside, fresh=fresh, beta=self.beta(draw.step)).to(draw.device)
+        given = self.conditions.conditional.rows(self.conditions.index[rows]).to(draw.device)
+        return self.distance(denoise(network, example.x_t, example.told, given), example.wanted).mean()
+
+    def beta(self, step: int) -> float:
+        """Share of fresh noise in update ``step``: from 1 to 0 over the first `anneal` of the training."""
+        updates = self.config.anneal * self.config.training.steps
+        return max(0.0, 1 - step / updates) if updates else 0.0
+
+    def distance(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """Of outputs, for each record, [n]."""
         error = found.float() - wanted
-        return (pseudo_huber(error, HUBER) if self.loss == "huber" else error.flatten(1).square().mean(1)).mean()
+        return pseudo_huber(error, HUBER) if self.config.loss == "huber" else error.flatten(1).square().mean(1)
 
-    def example(self, rows: Tensor, phase: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t, what the network is told of t, the output it should give) for each record.
+    def example(
+        self, rows: Tensor, phase: Tensor, inside: Tensor, *, fresh: Tensor | None = None, beta: float = 0.0
+    ) -> Example:
+        """Records ``rows`` in their ``phase``, both int64 [n].
 
-        ``phase`` int64 [n]; ``inside`` float64 [n] in [0, 1), the share of a phase from its clean end on.
+        ``inside`` float64 [n] in [0, 1) is the share of a phase from its clean end on; ``fresh`` [n, c, ...] is mixed
+        into the paired noise by ``beta``.
         """
         states = self.pairs.states[rows]  # [n, phases + 1, c, ...]
         edges = torch.tensor([(e.alpha, e.sigma) for e in self.pairs.edges], dtype=torch.float64)
@@ -113,15 +160,18 @@ class ReflowLoss:
         x_s, x_e = states[each, phase], states[each, phase + 1]
         x_0, eps = chord(x_s, x_e, alpha_s=a_s, sigma_s=s_s, alpha_e=a_e, sigma_e=s_e)
         kind = self.schedule.parameterization
-        if self.times == "edges":
+        if self.config.times == "edges":
             told = torch.tensor([edge.timestep for edge in self.pairs.edges[:-1]])[phase]
-            return x_s, told, target(x_0, eps, alpha=a_s, sigma=s_s, kind=kind)
+            return Example(x_s, told, target(x_0, eps, alpha=a_s, sigma=s_s, kind=kind))
+        if fresh is not None:
+            eps = anneal(eps, fresh, beta)
         first, last = (flow_time(alpha=a, sigma=s) for a, s in (end, start))
-        time = first + (last - first) * draw_time(inside, self.times)  # type: ignore[arg-type]
+        time = first + (last - first) * draw_time(inside, self.config.times)
         now = level(time, "flow" if kind == "flow" else "vp")
         alpha, sigma = (value.float().view(shape) for value in now)
         x_t = ddim(x_0, eps, alpha=alpha, sigma=sigma)
-        return x_t, timestep_at(self.schedule, time).float(), target(x_0, eps, alpha=alpha, sigma=sigma, kind=kind)
+        wanted = target(x_0, eps, alpha=alpha, sigma=sigma, kind=kind)
+        return Example(x_t, timestep_at(self.schedule, time).float(), wanted)
 
 
 class Reflow:
@@ -148,7 +198,7 @@ class Reflow:
         metadata = adopt(generator, settings.steps)
         plan = generator.plan_for(plan)
         check_grid(generator, held_out.edges, conditions.unique[0], plan)
-        loss = ReflowLoss(train, conditions.conditional, conditions.index, schedule, settings.times, settings.loss)
+        loss = ReflowLoss(train, conditions, schedule, settings)
         fitted = self._fit(generator, context, loss, conditions.unique, work)
         student = held_out_error(generator, held_out, plan, batch_size=batch_size)
         facts, sentence = outcome(fitted, student, teacher, settings.steps)

@@ -13,6 +13,7 @@ from diffusers import (
 
 from diffpress.diffusion import (
     Level,
+    anneal,
     chord,
     convert,
     ddim,
@@ -224,6 +225,17 @@ def test_guidance_extrapolates_from_unconditional_to_conditional(scale):
     c, u = normal(12), normal(13)
     torch.testing.assert_close(guide(c, u, scale), scale * c + (1 - scale) * u, **EXACT)
     assert not torch.allclose(guide(u, c, scale), scale * c + (1 - scale) * u)  # branches the wrong way round
+
+
+def test_annealed_noise_has_variance_one_and_its_ends_are_exact():
+    """At beta 0 and 1 one of the two noises to the bit; a linear mix between would lose half of the variance."""
+    noise, fresh = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(anneal(noise, fresh, 0.0), noise)
+    assert torch.equal(anneal(noise, fresh, 1.0), fresh)
+    mixed = anneal(noise, fresh, 0.5)
+    assert float(mixed.var()) == pytest.approx(1, rel=0.02)
+    assert float(((noise + fresh) / 2).var()) == pytest.approx(0.5, rel=0.02)
+    assert float((mixed * fresh).mean()) == pytest.approx(0.5, rel=0.02)
 
 
 def test_chord_passes_through_both_states_and_its_step_is_exact():

@@ -12,6 +12,7 @@ from diffpress.diffusion import Level, ddim, to_eps, to_x0
 from diffpress.distill import reflow
 from diffpress.distill.pairs import Edge, Pairs, PairSettings
 from diffpress.distill.reflow import Reflow, ReflowConfig, ReflowLoss
+from diffpress.distill.student import Conditions
 from diffpress.distill.training import TrainingSettings, draw_of
 from diffpress.errors import ConfigError, TrainingError
 from diffpress.targets import TARGETS
@@ -25,14 +26,19 @@ def losses(dit):
     """A loss over made-up records: ``losses(states, edges, times, kind)``."""
     schedule = dit.schedule
 
-    def make(states, phases, times="edges", kind="v", loss="l2"):
+    def make(states, phases, times="edges", kind="v", loss="l2", **changes):
         steps = len(schedule.timesteps)
         starts = [steps - 1 - round(steps * phase / phases) for phase in range(phases)]
         edges = [Edge(float(schedule.alphas[i]), float(schedule.sigmas[i]), float(i)) for i in starts]
         pairs = Pairs(states, [0] * len(states), list(range(len(states))), (*edges, Edge(1.0, 0.0, None)))
         known = dataclasses.replace(schedule, parameterization=kind)
-        none = Conditioning(1, {}, {})
-        return ReflowLoss(pairs, none, torch.zeros(len(states), dtype=torch.long), known, times, loss)
+        conditions = Conditions([0], torch.zeros(len(states), dtype=torch.long), Conditioning(1, {}, {}), None)
+        steps = phases if times == "edges" else 4
+        pairs_settings = PairSettings(steps=4 * phases)
+        settings = ReflowConfig(
+            steps=steps, phases=phases, times=times, loss=loss, pairs=pairs_settings, training=TRAINING, **changes
+        )
+        return ReflowLoss(pairs, conditions, known, settings)
 
     return make
 
@@ -69,10 +75,51 @@ def test_loss_vanishes_at_the_oracle_that_reflow_converges_to(losses, times, kin
     error = {}
     for ideal in ("straight", "teacher"):
         network = Oracle(made.schedule, 0.3, 0.4, ideal=ideal)
-        error[ideal] = float(made(network, draw_of(0, seed=0, batch_size=64)))
+        error[ideal] = made(network, draw_of(0, seed=0, batch_size=64)).item()
     assert start.sigma > 0.99
     assert clean.sigma == 0
     assert error["straight"] < 1e-2 * error["teacher"]
+
+
+def anneals(losses, kind, anneal=0.5):
+    """Two classes' worth of records whose noise and sample belong together, and a loss over them."""
+    noise = torch.randn(16, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    return losses(torch.stack([noise, 0.3 + 0.4 * noise], 1), 1, "uniform", kind, anneal=anneal)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0", "flow"])
+def test_annealing_begins_as_plain_training_and_ends_as_reflow(losses, kind):
+    """Beta 1: diffusion or flow matching on the samples with fresh noise, by hand; beta 0: reflow, to the bit."""
+    made, rows, inside = anneals(losses, kind), torch.arange(16), torch.rand(16).double()
+    fresh = torch.randn(16, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    phase = torch.zeros(16, dtype=torch.long)
+    plain = made.example(rows, phase, inside, fresh=fresh, beta=1.0)
+    first = made.pairs.edges[0]
+    time = (inside * first.sigma / (first.alpha + first.sigma)).float().view(-1, 1, 1, 1)
+    scale = 1.0 if kind == "flow" else torch.hypot(1 - time, time)
+    alpha, sigma, x_0 = (1 - time) / scale, time / scale, made.pairs.states[:, 1]
+    wanted = {"eps": fresh, "v": alpha * fresh - sigma * x_0, "x0": x_0, "flow": fresh - x_0}[kind]
+    torch.testing.assert_close(plain.x_t, alpha * x_0 + sigma * fresh, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.wanted, wanted, rtol=1e-4, atol=1e-5)
+    reflowed = made.example(rows, phase, inside)
+    assert all(map(torch.equal, made.example(rows, phase, inside, fresh=fresh, beta=0.0), reflowed))
+    assert not torch.allclose(plain.x_t, reflowed.x_t, atol=0.1)
+
+
+def test_annealed_loss_falls_to_that_of_reflow(losses):
+    """At half of the training it is reflow's; before, the noise is not that of the samples."""
+    annealed, reflowed = anneals(losses, "v"), anneals(losses, "v", anneal=0.0)
+    assert [annealed.beta(step) for step in (0, 30, 75, 149)] == [1.0, pytest.approx(0.6), 0.0, 0.0]
+    straight, teacher = (Oracle(annealed.schedule, 0.3, 0.4, ideal=ideal) for ideal in ("straight", "teacher"))
+
+    def value(loss, network, step):
+        return loss(network, draw_of(step, seed=0, batch_size=256)).item()
+
+    assert value(annealed, straight, 100) == value(reflowed, straight, 100)
+    assert value(annealed, straight, 0) > 100 * value(reflowed, straight, 0)
+    # Fresh noise wants conditional means, paired noise the straight path.
+    assert value(annealed, teacher, 0) < value(annealed, straight, 0)
+    assert value(annealed, teacher, 100) > value(annealed, straight, 100)
 
 
 def context_of(context, generator, tmp_path):
@@ -181,6 +228,9 @@ def test_stochastic_teacher_is_refused_before_any_work(dit):
         ({"steps": 5}, "must divide the teacher's pairs.steps 24"),
         ({"steps": 4, "phases": 3}, "phases 3 must divide steps 4"),
         ({"steps": 4, "phases": 1}, "times 'edges' trains 1 calls"),
+        ({"anneal": 0.5}, "anneal 0.5 does not go with phases 4; allowed: phases 1"),
+        ({"anneal": 0.5, "steps": 1}, "anneal 0.5 does not go with times 'edges'"),
+        ({"anneal": 1.5, "phases": 1, "times": "uniform"}, "less than or equal to 1"),
         ({"steps": 0}, "greater than or equal to 1"),
     ],
 )
