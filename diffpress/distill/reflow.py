@@ -5,8 +5,8 @@ of 2-rectified flow++, Lee et al. 2024) in the form of Rectified Diffusion (Wang
 parameterization and its schedule, on whose path x_t = alpha x_0 + sigma eps a first-order solver is exact where the
 paired eps is predicted. With M phases each has a constant pair of its own, the chord through the states at its ends.
 With times at the phases' starts only, it is k-step distillation. A student that cannot begin with the teacher's
-weights may begin with fresh noise in place of the paired (annealing reflow; SlimFlow, Zhu et al. 2024). No real data
-anywhere.
+weights may begin with fresh noise in place of the paired, and one of a single step may learn from noise without pairs
+too (annealing reflow and flow-guided distillation; SlimFlow, Zhu et al. 2024). No real data anywhere.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from diffpress.artifact import fingerprint
 from diffpress.config import config
 from diffpress.denoise import check_solver, denoise
 from diffpress.diffusion import (
+    Level,
     Schedule,
     anneal,
     chord,
@@ -34,10 +35,13 @@ from diffpress.diffusion import (
     pseudo_huber,
     target,
     timestep_at,
+    to_eps,
+    to_x0,
 )
 from diffpress.distill.pairs import Pairs, PairSettings, solver_plan
 from diffpress.distill.student import (
     Conditions,
+    Teacher,
     adopt,
     check_grid,
     collect,
@@ -54,6 +58,7 @@ from diffpress.targets import Target
 logger = logging.getLogger(__name__)
 
 HUBER = 0.03  # RMS error of an element where the loss turns from squared to absolute
+_LAST, _FIRST = 0.2, 0.8  # flow times between which the teacher takes over; SlimFlow's
 
 
 @config
@@ -71,6 +76,9 @@ class ReflowConfig:
     anneal: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the training over which fresh noise gives way to the paired, linearly (SlimFlow); for one phase, and
     times within it."""
+    guided: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second loss for one-step students, from fresh noise without a pair: the student goes part of its own
+    way, the teacher finishes it in one step, and that is where the student should have gone (SlimFlow)."""
     pairs: PairSettings = PairSettings()
     """The teacher's runs."""
     training: TrainingSettings = TrainingSettings()
@@ -93,6 +101,11 @@ class ReflowConfig:
             raise ValueError(
                 f"anneal {self.anneal:g} does not go with times 'edges', where fresh noise says nothing of its sample; "
                 "allowed: times 'uniform' or 'u_shaped'"
+            )
+        if self.guided and (self.steps != 1 or self.times != "edges"):
+            raise ValueError(
+                f"guided {self.guided:g} does not go with steps {self.steps}, times {self.times!r}; allowed: steps 1, "
+                "times 'edges'"
             )
         return self
 
@@ -123,6 +136,10 @@ class ReflowLoss:
     conditions: Conditions
     schedule: Schedule
     config: ReflowConfig
+    teacher: Teacher | None = None
+    """Who finishes the student's way from fresh noise; None: there is no such term."""
+    scale: float = 1.0
+    """Guidance of ``teacher``, s in u + s (c - u)."""
 
     def __call__(self, network: nn.Module, draw: Draw) -> Tensor:
         rows = draw.mine(draw.rows(len(self.pairs))).cpu()  # records stay in main memory, a batch moves
@@ -130,8 +147,47 @@ class ReflowLoss:
         inside = draw.mine(draw.uniform().double()).cpu()
         fresh = draw.mine(draw.normal(*self.pairs.states.shape[2:])).cpu() if self.config.anneal else None
         example = self.example(rows, phase, inside, fresh=fresh, beta=self.beta(draw.step)).to(draw.device)
-        given = self.conditions.conditional.rows(self.conditions.index[rows]).to(draw.device)
-        return self.distance(denoise(network, example.x_t, example.told, given), example.wanted).mean()
+        if self.teacher is not None:
+            return self.with_guided(network, draw, example, rows)
+        return self.distance(self.output(network, example.x_t, example.told, rows), example.wanted).mean()
+
+    def output(self, network: nn.Module, x_t: Tensor, told: Tensor, rows: Tensor) -> Tensor:
+        """The network's answer under the conditions of records ``rows``."""
+        given = self.conditions.conditional.rows(self.conditions.index[rows]).to(x_t.device)
+        return denoise(network, x_t, told, given).float()
+
+    def with_guided(self, network: nn.Module, draw: Draw, example: Example, rows: Tensor) -> Tensor:
+        """The loss on the pairs, and that from as many fresh noises; the network is called once for both."""
+        noise = draw.mine(draw.normal(*self.pairs.states.shape[2:]))
+        time = draw.mine(_LAST + (_FIRST - _LAST) * draw.uniform().double())
+        x_t, told = torch.cat([example.x_t, noise]), torch.cat([example.told, example.told])
+        paired, free = self.output(network, x_t, told, torch.cat([rows, rows])).chunk(2)
+        goal = self.goal(noise, free.detach(), time, rows)
+        return self.distance(paired, example.wanted).mean() + self.config.guided * self.distance(free, goal).mean()
+
+    def goal(self, noise: Tensor, output: Tensor, time: Tensor, rows: Tensor) -> Tensor:
+        """The output that jumps from ``noise`` to where the teacher finishes the student's own way; no gradient.
+
+        The student's ``output`` at the noise is a line, on which its state at flow time ``time`` [n] lies. From there
+        the teacher takes one first-order step to the clean end: x_0 of the network before the training, with the
+        guidance of the pairs, so that this term aims at the map that the pairs are of. One step is what SlimFlow
+        takes; it is as good as the teacher's path is straight, and good where the teacher is reflowed. Each condition
+        is that of the record in ``rows``.
+        """
+        assert self.teacher is not None
+        shape, first, kind = (-1, *[1] * (noise.dim() - 1)), self.pairs.edges[0], self.schedule.parameterization
+        start = {"alpha": torch.tensor(first.alpha), "sigma": torch.tensor(first.sigma)}
+        pair = to_x0(output, noise, **start, kind=kind), to_eps(output, noise, **start, kind=kind)
+        now = {name: value.float().view(shape) for name, value in self.level(time)._asdict().items()}
+        x_t, told = ddim(*pair, **now), timestep_at(self.schedule, time.cpu()).float().to(noise.device)
+        finished = to_x0(self.teacher(x_t, told, rows, self.scale), x_t, **now, kind=kind)
+        one, none = torch.tensor(1.0), torch.tensor(0.0)
+        line = chord(noise, finished, alpha_s=start["alpha"], sigma_s=start["sigma"], alpha_e=one, sigma_e=none)
+        return target(*line, **start, kind=kind)
+
+    def level(self, time: Tensor) -> Level:
+        """Of flow times, on the schedule's path."""
+        return level(time, "flow" if self.schedule.parameterization == "flow" else "vp")
 
     def beta(self, step: int) -> float:
         """Share of fresh noise in update ``step``: from 1 to 0 over the first `anneal` of the training."""
@@ -140,7 +196,7 @@ class ReflowLoss:
 
     def distance(self, found: Tensor, wanted: Tensor) -> Tensor:
         """Of outputs, for each record, [n]."""
-        error = found.float() - wanted
+        error = found - wanted
         return pseudo_huber(error, HUBER) if self.config.loss == "huber" else error.flatten(1).square().mean(1)
 
     def example(
@@ -167,8 +223,7 @@ class ReflowLoss:
             eps = anneal(eps, fresh, beta)
         first, last = (flow_time(alpha=a, sigma=s) for a, s in (end, start))
         time = first + (last - first) * draw_time(inside, self.config.times)
-        now = level(time, "flow" if kind == "flow" else "vp")
-        alpha, sigma = (value.float().view(shape) for value in now)
+        alpha, sigma = (value.float().view(shape) for value in self.level(time))
         x_t = ddim(x_0, eps, alpha=alpha, sigma=sigma)
         wanted = target(x_0, eps, alpha=alpha, sigma=sigma, kind=kind)
         return Example(x_t, timestep_at(self.schedule, time).float(), wanted)
@@ -195,10 +250,12 @@ class Reflow:
         batch_size = settings.pairs.batch_size
         teacher = held_out_error(generator, held_out, plan, batch_size=batch_size)  # by its own solver
         conditions, schedule = Conditions.of(generator, train, plan), generator.schedule
+        finisher = Teacher.of(generator, conditions) if settings.guided else None
+        scale = plan.guidance_scale
         metadata = adopt(generator, settings.steps)
         plan = generator.plan_for(plan)
         check_grid(generator, held_out.edges, conditions.unique[0], plan)
-        loss = ReflowLoss(train, conditions, schedule, settings)
+        loss = ReflowLoss(train, conditions, schedule, settings, finisher, scale)
         fitted = self._fit(generator, context, loss, conditions.unique, work)
         student = held_out_error(generator, held_out, plan, batch_size=batch_size)
         facts, sentence = outcome(fitted, student, teacher, settings.steps)

@@ -1,37 +1,38 @@
 """Reflow and k-step distillation: exact on the oracle, better than the teacher at equal steps, bad pairs seen."""
 
-import dataclasses
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from oracle import Gaussian, Oracle
 
 from diffpress.denoise import Conditioning, denoise
-from diffpress.diffusion import Level, ddim, to_eps, to_x0
+from diffpress.diffusion import Level, ddim, level, read_schedule, to_eps, to_x0
 from diffpress.distill import reflow
 from diffpress.distill.pairs import Edge, Pairs, PairSettings
 from diffpress.distill.reflow import Reflow, ReflowConfig, ReflowLoss
-from diffpress.distill.student import Conditions
+from diffpress.distill.student import Conditions, Teacher
 from diffpress.distill.training import TrainingSettings, draw_of
 from diffpress.errors import ConfigError, TrainingError
 from diffpress.targets import TARGETS
 
 PAIRS = PairSettings(count=16, held_out=8, steps=8, batch_size=16)
 TRAINING = TrainingSettings(steps=150, batch_size=8, learning_rate=3e-3, warmup=5, ema=0.9)
+FLOW = read_schedule(FlowMatchEulerDiscreteScheduler())
 
 
 @pytest.fixture
 def losses(dit):
     """A loss over made-up records: ``losses(states, edges, times, kind)``."""
-    schedule = dit.schedule
 
     def make(states, phases, times="edges", kind="v", loss="l2", **changes):
-        steps = len(schedule.timesteps)
+        known = FLOW if kind == "flow" else replace(dit.schedule, parameterization=kind)
+        steps, tables = len(known.timesteps), (known.alphas, known.sigmas, known.timesteps)
         starts = [steps - 1 - round(steps * phase / phases) for phase in range(phases)]
-        edges = [Edge(float(schedule.alphas[i]), float(schedule.sigmas[i]), float(i)) for i in starts]
+        edges = [Edge(*(float(table[place]) for table in tables)) for place in starts]
         pairs = Pairs(states, [0] * len(states), list(range(len(states))), (*edges, Edge(1.0, 0.0, None)))
-        known = dataclasses.replace(schedule, parameterization=kind)
         conditions = Conditions([0], torch.zeros(len(states), dtype=torch.long), Conditioning(1, {}, {}), None)
         steps = phases if times == "edges" else 4
         pairs_settings = PairSettings(steps=4 * phases)
@@ -122,6 +123,78 @@ def test_annealed_loss_falls_to_that_of_reflow(losses):
     assert value(annealed, teacher, 100) > value(annealed, straight, 100)
 
 
+@pytest.fixture
+def guided(losses):
+    """A loss with the flow-guided term: ``guided(kind, finisher)``, over pairs of the Gaussian's own ODE."""
+
+    def make(kind, finisher, scale=1.0):
+        noise = torch.randn(16, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+        loss = losses(torch.stack([noise, 0.3 + 0.4 * noise], 1), 1, kind=kind, guided=1.0)
+        network = Oracle(loss.schedule, *finisher)
+        return replace(loss, teacher=Teacher(network, loss.conditions), scale=scale)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0", "flow"])
+def test_guided_term_vanishes_where_a_straight_teacher_agrees(guided, kind):
+    """On the oracle's straight paths every part of the way ends where the whole does; conditional means do not."""
+    noise = torch.randn(16, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    rows, time, found = torch.arange(16), torch.linspace(0.2, 0.8, 16).double(), {}
+    for finisher in ("straight", "teacher"):
+        loss = guided(kind, (0.3, 0.4, finisher))
+        told = torch.full((16,), loss.pairs.edges[0].timestep)
+        student = Oracle(loss.schedule, 0.3, 0.4, "straight")
+        with torch.no_grad():
+            output = loss.output(student, noise, told, rows)
+            found[finisher] = (output - loss.goal(noise, output, time, rows)).square().mean().item()
+    assert found["straight"] < 1e-4 * found["teacher"]
+
+
+def test_guided_goal_is_the_teachers_finish_of_the_students_way(guided):
+    """By hand, for a student that is wrong: its state at t, the teacher's x_0 there, the jump that leads to it."""
+    loss = guided("v", (0.3, 0.4, "teacher"))
+    noise, rows = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1)), torch.arange(4)
+    time, first = torch.tensor([0.2, 0.4, 0.6, 0.8]).double(), loss.pairs.edges[0]
+    start = {"alpha": torch.tensor(first.alpha), "sigma": torch.tensor(first.sigma), "kind": "v"}
+    output = torch.randn(noise.shape, generator=torch.Generator().manual_seed(2))
+    goal = loss.goal(noise, output, time, rows)
+    at = level(time.view(-1, 1, 1, 1), "vp")
+    x_t = at.alpha * to_x0(output, noise, **start) + at.sigma * to_eps(output, noise, **start)
+    x_0, _ = Gaussian(torch.tensor(0.3), torch.tensor(0.4)).teacher(x_t, at)
+    torch.testing.assert_close(to_x0(goal, noise, **start).double(), x_0.double(), rtol=1e-3, atol=1e-3)
+    other, _ = Gaussian(torch.tensor(0.3), torch.tensor(0.4)).teacher(noise.double(), at)  # as if it were not moved
+    assert not torch.allclose(x_0, other, atol=0.1)
+
+
+def test_guided_goal_has_no_gradient_and_the_pairs_keep_theirs(guided, monkeypatch):
+    loss = guided("v", (0.3, 0.4, "teacher"))
+
+    def gradient(weight):
+        student = Oracle(loss.schedule, 0.1, 0.6, "straight")
+        weighed = replace(loss, config=replace(loss.config, guided=weight), teacher=loss.teacher if weight else None)
+        value = weighed(student, draw_of(0, seed=0, batch_size=32))
+        value.backward()
+        return torch.stack([parameter.grad for parameter in student.parameters()]), value.item()
+
+    (without, plain), (once, first), (twice, second) = (gradient(weight) for weight in (0.0, 1.0, 2.0))
+    assert second - plain == pytest.approx(2 * (first - plain), rel=1e-4)
+    torch.testing.assert_close(twice - without, 2 * (once - without), rtol=1e-4, atol=1e-7)
+    assert all(parameter.grad is None for parameter in loss.teacher.network.parameters())
+    assert (once - without).norm() > 0.01 * without.norm()
+    monkeypatch.setattr(torch.Tensor, "detach", lambda self: self)
+    assert (gradient(1.0)[0] - once).norm() > 0.01 * (once - without).norm()
+
+
+def test_guided_rows_are_of_the_whole_batch(guided):
+    loss = guided("v", (0.3, 0.4, "teacher"))
+    student = Oracle(loss.schedule, 0.1, 0.6, "straight")
+    whole = loss(student, draw_of(0, seed=0, batch_size=8))
+    halves = [loss(student, draw_of(0, seed=0, batch_size=8, rank=rank, processes=2)) for rank in range(2)]
+    torch.testing.assert_close(sum(halves) / 2, whole)
+    assert halves[0] != halves[1]
+
+
 def context_of(context, generator, tmp_path):
     return replace(context(generator), work=tmp_path / "work")
 
@@ -133,6 +206,25 @@ def test_student_beats_the_teacher_at_its_steps_and_says_so(dit, context, tmp_pa
     assert applied.metadata["losses"][-1] < 0.5 * applied.metadata["losses"][0]
     assert dit.plan.steps == 1
     assert dit.plan.guidance_scale == 1
+
+
+def test_guided_student_learns_and_its_teacher_is_the_network_before(dit, context, tmp_path, monkeypatch):
+    """With the guidance of the pairs, and frozen."""
+    made = []
+
+    def kept(*parts):
+        made.append(ReflowLoss(*parts))
+        return made[0]
+
+    monkeypatch.setattr(reflow, "ReflowLoss", kept)
+    before = copy.deepcopy(dit.denoiser.state_dict())
+    pairs = replace(PAIRS, guidance_scale=2.5)
+    stage = Reflow(ReflowConfig(steps=1, guided=0.5, pairs=pairs, training=TRAINING))
+    applied = stage.apply(dit, context_of(context, dit, tmp_path))
+    assert applied.metadata["held_out_error"] < 0.8 * applied.metadata["teacher_error"]
+    assert made[0].scale == 2.5
+    assert all(torch.equal(value, before[name]) for name, value in made[0].teacher.network.state_dict().items())
+    assert not all(torch.equal(value, before[name]) for name, value in dit.denoiser.state_dict().items())
 
 
 def test_noise_of_another_sample_teaches_nothing(dit, context, tmp_path, monkeypatch):
@@ -231,6 +323,8 @@ def test_stochastic_teacher_is_refused_before_any_work(dit):
         ({"anneal": 0.5}, "anneal 0.5 does not go with phases 4; allowed: phases 1"),
         ({"anneal": 0.5, "steps": 1}, "anneal 0.5 does not go with times 'edges'"),
         ({"anneal": 1.5, "phases": 1, "times": "uniform"}, "less than or equal to 1"),
+        ({"guided": 1.0}, "guided 1 does not go with steps 4, times 'edges'; allowed: steps 1"),
+        ({"guided": 1.0, "steps": 1, "times": "uniform"}, "guided 1 does not go with steps 1, times 'uniform'"),
         ({"steps": 0}, "greater than or equal to 1"),
     ],
 )
