@@ -38,6 +38,7 @@ from diffpress.diffusion import (
     to_eps,
     to_x0,
 )
+from diffpress.distill.decoded import Decoder, check_decoder
 from diffpress.distill.pairs import Pairs, PairSettings, solver_plan
 from diffpress.distill.student import (
     Conditions,
@@ -76,6 +77,9 @@ class ReflowConfig:
     anneal: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the training over which fresh noise gives way to the paired, linearly (SlimFlow); for one phase, and
     times within it."""
+    decoded: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second loss for records of the last phase: the distance of the decoded pictures, and of the features
+    that the autoencoder's decoder computes on the way to them."""
     guided: Annotated[float, Field(ge=0)] = 0.0
     """Weight of a second loss for one-step students, from fresh noise without a pair: the student goes part of its own
     way, the teacher finishes it in one step, and that is where the student should have gone (SlimFlow)."""
@@ -123,6 +127,9 @@ class Example(NamedTuple):
     """[n]: what it is told of t."""
     wanted: Tensor
     """[n, c, ...]: the output that belongs to the chord."""
+    alpha: Tensor
+    sigma: Tensor
+    """Level of x_t, [n, 1, ...]."""
 
     def to(self, device: torch.device | str) -> Example:
         return Example(*(value.to(device) for value in self))
@@ -140,6 +147,8 @@ class ReflowLoss:
     """Who finishes the student's way from fresh noise; None: there is no such term."""
     scale: float = 1.0
     """Guidance of ``teacher``, s in u + s (c - u)."""
+    decoder: Decoder | None = None
+    """What decodes pictures; None: they are not compared."""
 
     def __call__(self, network: nn.Module, draw: Draw) -> Tensor:
         rows = draw.mine(draw.rows(len(self.pairs))).cpu()  # records stay in main memory, a batch moves
@@ -147,23 +156,39 @@ class ReflowLoss:
         inside = draw.mine(draw.uniform().double()).cpu()
         fresh = draw.mine(draw.normal(*self.pairs.states.shape[2:])).cpu() if self.config.anneal else None
         example = self.example(rows, phase, inside, fresh=fresh, beta=self.beta(draw.step)).to(draw.device)
-        if self.teacher is not None:
-            return self.with_guided(network, draw, example, rows)
-        return self.distance(self.output(network, example.x_t, example.told, rows), example.wanted).mean()
+        if self.teacher is None:
+            found = self.output(network, example.x_t, example.told, rows)
+            loss = self.distance(found, example.wanted).mean()
+        else:
+            found, beside = self.with_free_noise(network, draw, example, rows)
+            loss = self.distance(found, example.wanted).mean() + self.config.guided * beside.mean()
+        if self.decoder is not None:
+            loss = loss + self.config.decoded * self.pictures(found, example, phase, rows).mean()
+        return loss
 
     def output(self, network: nn.Module, x_t: Tensor, told: Tensor, rows: Tensor) -> Tensor:
         """The network's answer under the conditions of records ``rows``."""
         given = self.conditions.conditional.rows(self.conditions.index[rows]).to(x_t.device)
         return denoise(network, x_t, told, given).float()
 
-    def with_guided(self, network: nn.Module, draw: Draw, example: Example, rows: Tensor) -> Tensor:
-        """The loss on the pairs, and that from as many fresh noises; the network is called once for both."""
+    def with_free_noise(self, network: nn.Module, draw: Draw, example: Example, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(outputs for the pairs, distances [n] of those for fresh noise from `goal`); one call of the network."""
         noise = draw.mine(draw.normal(*self.pairs.states.shape[2:]))
         time = draw.mine(_LAST + (_FIRST - _LAST) * draw.uniform().double())
         x_t, told = torch.cat([example.x_t, noise]), torch.cat([example.told, example.told])
         paired, free = self.output(network, x_t, told, torch.cat([rows, rows])).chunk(2)
-        goal = self.goal(noise, free.detach(), time, rows)
-        return self.distance(paired, example.wanted).mean() + self.config.guided * self.distance(free, goal).mean()
+        return paired, self.distance(free, self.goal(noise, free.detach(), time, rows))
+
+    def pictures(self, output: Tensor, example: Example, phase: Tensor, rows: Tensor) -> Tensor:
+        """Distances [n] of the decoded x_0 from the samples; 0 in all phases but the last, which ends at a sample."""
+        assert self.decoder is not None
+        last = phase == self.pairs.phases - 1
+        x_t, _, _, alpha, sigma = (value[last] for value in example)
+        x_0 = to_x0(output[last], x_t, alpha=alpha, sigma=sigma, kind=self.schedule.parameterization)
+        distances = output.new_zeros(len(output))
+        if last.any():
+            distances[last] = self.decoder(x_0, self.pairs.states[rows[last], -1].to(output.device))
+        return distances
 
     def goal(self, noise: Tensor, output: Tensor, time: Tensor, rows: Tensor) -> Tensor:
         """The output that jumps from ``noise`` to where the teacher finishes the student's own way; no gradient.
@@ -218,7 +243,7 @@ class ReflowLoss:
         kind = self.schedule.parameterization
         if self.config.times == "edges":
             told = torch.tensor([edge.timestep for edge in self.pairs.edges[:-1]])[phase]
-            return Example(x_s, told, target(x_0, eps, alpha=a_s, sigma=s_s, kind=kind))
+            return Example(x_s, told, target(x_0, eps, alpha=a_s, sigma=s_s, kind=kind), a_s, s_s)
         if fresh is not None:
             eps = anneal(eps, fresh, beta)
         first, last = (flow_time(alpha=a, sigma=s) for a, s in (end, start))
@@ -226,7 +251,7 @@ class ReflowLoss:
         alpha, sigma = (value.float().view(shape) for value in self.level(time))
         x_t = ddim(x_0, eps, alpha=alpha, sigma=sigma)
         wanted = target(x_0, eps, alpha=alpha, sigma=sigma, kind=kind)
-        return Example(x_t, timestep_at(self.schedule, time).float(), wanted)
+        return Example(x_t, timestep_at(self.schedule, time).float(), wanted, alpha, sigma)
 
 
 class Reflow:
@@ -241,6 +266,8 @@ class Reflow:
         """Raises ConfigError for a solver that is not deterministic; CheckpointError for an unknown schedule."""
         generator.schedule  # noqa: B018 - an unknown forward process is refused here
         check_solver(generator, self.config.pairs.scheduler)
+        if self.config.decoded:
+            check_decoder(generator, self.config.pairs.scheduler)
 
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Raises ConfigError, ArtifactError, InfrastructureError or TrainingError; the run's folder keeps the work."""
@@ -251,11 +278,11 @@ class Reflow:
         teacher = held_out_error(generator, held_out, plan, batch_size=batch_size)  # by its own solver
         conditions, schedule = Conditions.of(generator, train, plan), generator.schedule
         finisher = Teacher.of(generator, conditions) if settings.guided else None
-        scale = plan.guidance_scale
+        decoder, scale = Decoder.of(generator) if settings.decoded else None, plan.guidance_scale
         metadata = adopt(generator, settings.steps)
         plan = generator.plan_for(plan)
         check_grid(generator, held_out.edges, conditions.unique[0], plan)
-        loss = ReflowLoss(train, conditions, schedule, settings, finisher, scale)
+        loss = ReflowLoss(train, conditions, schedule, settings, finisher, scale, decoder)
         fitted = self._fit(generator, context, loss, conditions.unique, work)
         student = held_out_error(generator, held_out, plan, batch_size=batch_size)
         facts, sentence = outcome(fitted, student, teacher, settings.steps)
