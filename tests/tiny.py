@@ -1,7 +1,13 @@
-"""The smallest random networks and tokenizers that stock pipelines are made of."""
+"""The smallest random networks and tokenizers that stock pipelines are made of, and one whole pipeline."""
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -72,3 +78,28 @@ def make_t5_tokenizer():
 def make_t5_encoder(tokenizer):
     settings = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return T5EncoderModel(settings)
+
+
+def make_flux():
+    """CLIP and T5, packed latents, rotary positions, guidance as an input, flow."""
+    tokenizer, pieces = make_tokenizer(), make_t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    return FluxPipeline(
+        transformer=fill_zeros(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=fill_zeros(make_autoencoder(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)),
+        text_encoder=fill_zeros(make_text_encoder(tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=fill_zeros(make_t5_encoder(pieces)),
+        tokenizer_2=pieces,
+    )

@@ -6,9 +6,6 @@ import pytest
 import torch
 from diffusers import (
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionXLPipeline,
@@ -17,6 +14,7 @@ from diffusers import (
 from tiny import (
     fill_zeros,
     make_autoencoder,
+    make_flux,
     make_scheduler,
     make_t5_encoder,
     make_t5_tokenizer,
@@ -94,35 +92,10 @@ def pixart():
     )
 
 
-def flux():
-    """CLIP and T5, packed latents, rotary positions, guidance as an input, flow."""
-    tokenizer, pieces = make_tokenizer(), make_t5_tokenizer()
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
-    return FluxPipeline(
-        transformer=fill_zeros(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=fill_zeros(make_autoencoder(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)),
-        text_encoder=fill_zeros(make_text_encoder(tokenizer)),
-        tokenizer=tokenizer,
-        text_encoder_2=fill_zeros(make_t5_encoder(pieces)),
-        tokenizer_2=pieces,
-    )
-
-
 FAMILIES = {
     "sdxl": (sdxl, "eps", {"encoder_hidden_states", "added_cond_kwargs"}),
     "pixart": (pixart, "v", {"encoder_hidden_states", "encoder_attention_mask"}),
-    "flux": (flux, "flow", {"encoder_hidden_states", "pooled_projections", "guidance", "txt_ids", "img_ids"}),
+    "flux": (make_flux, "flow", {"encoder_hidden_states", "pooled_projections", "guidance", "txt_ids", "img_ids"}),
 }
 
 
