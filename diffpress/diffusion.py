@@ -279,3 +279,24 @@ def timestep_at(schedule: Schedule, time: Tensor) -> Tensor:
     share = (time - times[above - 1]) / (times[above] - times[above - 1])
     told = torch.lerp(schedule.timesteps[above - 1], schedule.timesteps[above], share)
     return told.clamp(0, float(schedule.timesteps[-1]))
+
+
+def level_at(schedule: Schedule, told: Tensor) -> Level:
+    """(alpha, sigma) where the network is told ``told``: linear between the levels of the training grid, within it."""
+    grid = schedule.timesteps
+    above = torch.searchsorted(grid, told.double().contiguous()).clamp(1, len(grid) - 1)
+    share = ((told - grid[above - 1]) / (grid[above] - grid[above - 1])).clamp(0, 1)
+    return Level(*(torch.lerp(table[above - 1], table[above], share) for table in (schedule.alphas, schedule.sigmas)))
+
+
+def straightness(states: Tensor, times: Tensor) -> Tensor:
+    """sum_i dt_i mean ||(x_1 - x_0) / (t_1 - t_0) - dx_i / dt_i||^2 / d, [n]: 0 for a straight path.
+
+    S of Liu et al. 2022 (rectified flow, section 2.2), its integral over time as a sum over the steps of a run, for
+    each sample and element. ``states`` [steps + 1, n, c, ...] are those of one run on the path flow, ``times``
+    [steps + 1] their flow times, noise first; the run may begin at less than t = 1.
+    """
+    dt = times.diff().view(-1, *[1] * (states.dim() - 1))
+    whole = (states[-1] - states[0]) / (times[-1] - times[0])
+    apart = (whole - states.diff(dim=0) / dt).square().flatten(2).mean(2)  # [steps, n]
+    return (dt.flatten().abs()[:, None] * apart).sum(0)

@@ -256,7 +256,7 @@ class Consistency:
         plan = dataclasses.replace(solver_plan(settings.pairs, context.plan), steps=calls)
         batch_size = settings.pairs.batch_size
         before = held_out_error(generator, held_out, plan, batch_size=batch_size)
-        conditions, schedule = Conditions.of(generator, train, plan), generator.schedule
+        conditions, schedule = Conditions.of(generator, train, plan), student.schedule_of(generator, train)
         teacher, scale = Teacher.of(generator, conditions), plan.guidance_scale
         adopt(generator, calls)
         plan = generator.plan_for(plan)
@@ -272,7 +272,7 @@ class Consistency:
             key=fingerprint(dataclasses.asdict(settings)),
             folder=work,
             progress=context.progress,
-            preview=student.previews(generator, conditions.unique, work),
+            preview=student.previews(generator, conditions.unique, work, plan),
             target=None if average is None else (average, settings.target_ema),
         )
         with patched(generator.pipeline, "scheduler", solver):

@@ -29,6 +29,7 @@ from diffpress.distill.student import (
     held_out_error,
     outcome,
     previews,
+    schedule_of,
 )
 from diffpress.distill.training import Draw, TrainingSettings, fit
 from diffpress.errors import ConfigError
@@ -146,7 +147,7 @@ class Guidance:
         generator.use_scheduler(context.plan.scheduler)
         own = generator.pipeline.scheduler
         train, held_out = collect(generator, context, settings.pairs, 1)
-        conditions, schedule = Conditions.of(generator, train, plan), generator.schedule
+        conditions, schedule = Conditions.of(generator, train, plan), schedule_of(generator, train)
         if conditions.unconditional is None:
             raise ConfigError(f"{type(generator.pipeline).__name__} makes no second call for guidance: nothing to save")
         fewer, batch_size = max(1, plan.steps // 2), settings.pairs.batch_size
@@ -163,7 +164,7 @@ class Guidance:
             key=fingerprint(dataclasses.asdict(settings)),
             folder=work,
             progress=context.progress,
-            preview=previews(generator, conditions.unique, work),
+            preview=previews(generator, conditions.unique, work, plan),
         )
         with patched(generator.pipeline, "scheduler", solver):
             student = dataclasses.replace(plan, guidance_scale=metadata["plan"]["guidance_scale"])

@@ -28,7 +28,7 @@ from diffpress import processes
 from diffpress.artifact import file_hash, fingerprint, read_json, write_json
 from diffpress.config import config
 from diffpress.denoise import check_solver, first_inputs, trajectory
-from diffpress.diffusion import Schedule
+from diffpress.diffusion import Schedule, flow_time, level_at
 from diffpress.errors import ArtifactError, ConfigError, InfrastructureError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import Progress
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST, FORMAT = "manifest.json", 1
 _HELD_OUT_SEED = 5_000_000  # distance from the seeds of the records that are trained on
+_NEAR = 1e-3  # of the training grid's length: how far beyond its last timestep a solver's first may lie
+_NOISE = 0.9  # flow time from which on a state is nearly pure noise; Stable Diffusion's schedule ends at 0.936
 
 
 @config
@@ -96,18 +98,33 @@ def solver_plan(settings: PairSettings, plan: SamplingPlan) -> SamplingPlan:
     return replace(plan, scheduler=None, **{name: value for name, value in changes.items() if value is not None})
 
 
+def as_told(schedule: Schedule, first: float) -> Schedule:
+    """``schedule`` with timesteps in the unit of a network that is told ``first`` of pure noise.
+
+    That is the table's or, where a pipeline divides before it calls (Flux), that over the number of training steps.
+    Raises ConfigError where ``first`` is nearly pure noise in neither.
+    """
+    count = len(schedule.timesteps)
+    for unit in (1, count):
+        known = replace(schedule, timesteps=schedule.timesteps / unit)
+        time = flow_time(**level_at(known, torch.tensor(first).double())._asdict())
+        if first <= float(known.timesteps[-1]) + _NEAR * count / unit and time >= _NOISE:
+            return known
+    raise ConfigError(
+        f"the network is told {first:g} of the solver's first state, which is not nearly pure noise; allowed: trailing "
+        f"spacing, and networks that are told the training grid's last timestep {float(schedule.timesteps[-1]):g}, "
+        f"or that over {count}"
+    )
+
+
 def edges_of(schedule: Schedule, timesteps: Tensor, phases: int) -> tuple[Edge, ...]:
     """The edges of ``phases`` equal groups of the solver's ``timesteps`` [steps], and the clean end.
 
-    Raises ConfigError for a timestep that is not on the training grid.
+    Raises ConfigError for a first timestep that `as_told` refuses.
     """
-    edges = []
-    for value in timesteps[:: len(timesteps) // phases].double().tolist():
-        distance, index = (schedule.timesteps - value).abs().min(0)
-        if distance > 1e-3 * len(schedule.timesteps):
-            raise ConfigError(f"solver's timestep {value:g} is not on the training grid: use trailing spacing")
-        edges.append(Edge(float(schedule.alphas[index]), float(schedule.sigmas[index]), value))
-    return (*edges, Edge(1.0, 0.0, None))
+    schedule, starts = as_told(schedule, float(timesteps[0])), timesteps[:: len(timesteps) // phases].double()
+    table = torch.stack([*level_at(schedule, starts), starts], 1).tolist()
+    return (*(Edge(*row) for row in table), Edge(1.0, 0.0, None))
 
 
 class PairStore:

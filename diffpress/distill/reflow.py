@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -45,14 +44,18 @@ from diffpress.distill.student import (
     Teacher,
     adopt,
     check_grid,
+    check_guidance,
+    check_teacher,
     collect,
     held_out_error,
+    held_out_straightness,
     outcome,
     previews,
     restore,
+    schedule_of,
 )
 from diffpress.distill.training import Draw, Fitted, TrainingSettings, fit
-from diffpress.generator import Generator
+from diffpress.generator import Generator, SamplingPlan
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
 
@@ -266,29 +269,45 @@ class Reflow:
         """Raises ConfigError for a solver that is not deterministic; CheckpointError for an unknown schedule."""
         generator.schedule  # noqa: B018 - an unknown forward process is refused here
         check_solver(generator, self.config.pairs.scheduler)
+        # A network that is told its guidance learns what the teacher does when told that of the pairs, and is told 1.
+        (check_teacher if self.config.guided else check_guidance)(generator, self.config.pairs)
         if self.config.decoded:
             check_decoder(generator, self.config.pairs.scheduler)
 
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Raises ConfigError, ArtifactError, InfrastructureError or TrainingError; the run's folder keeps the work."""
-        settings, work = self.config, context.work_folder()
+        settings = self.config
+        context.work_folder()  # refused before any work where there is none
         train, held_out = collect(generator, context, settings.pairs, settings.phase_count)
         plan = dataclasses.replace(solver_plan(settings.pairs, context.plan), steps=settings.steps)
-        batch_size = settings.pairs.batch_size
-        teacher = held_out_error(generator, held_out, plan, batch_size=batch_size)  # by its own solver
-        conditions, schedule = Conditions.of(generator, train, plan), generator.schedule
+        before = self._judged(generator, held_out, plan)  # by the teacher's own solver
+        conditions, schedule = Conditions.of(generator, train, plan), schedule_of(generator, train)
         finisher = Teacher.of(generator, conditions) if settings.guided else None
         decoder, scale = Decoder.of(generator) if settings.decoded else None, plan.guidance_scale
         metadata = adopt(generator, settings.steps)
         plan = generator.plan_for(plan)
         check_grid(generator, held_out.edges, conditions.unique[0], plan)
         loss = ReflowLoss(train, conditions, schedule, settings, finisher, scale, decoder)
-        fitted = self._fit(generator, context, loss, conditions.unique, work)
-        student = held_out_error(generator, held_out, plan, batch_size=batch_size)
-        facts, sentence = outcome(fitted, student, teacher, settings.steps)
+        fitted = self._fit(generator, context, loss, plan)
+        after = self._judged(generator, held_out, plan)
+        facts, sentence = outcome(fitted, after[0], before[0], settings.steps)
+        if after[1] is not None and before[1] is not None:
+            facts |= {"straightness": after[1], "teacher_straightness": before[1]}
+            sentence += f"; straightness {after[1]:.4f}, the teacher's {before[1]:.4f}"
         return Applied(generator, metadata | facts, f"{settings.steps}-step student, {sentence}")
 
-    def _fit(self, generator: Generator, context: Context, loss: ReflowLoss, unique: list[Any], work: Path) -> Fitted:
+    def _judged(self, generator: Generator, held_out: Pairs, plan: SamplingPlan) -> tuple[Tensor, float | None]:
+        """Held-out errors [n] by ``plan``; for rectified flow also how straight the paths are in the pairs' steps."""
+        settings = self.config
+        batch_size = settings.pairs.batch_size
+        errors = held_out_error(generator, held_out, plan, batch_size=batch_size)
+        if settings.phase_count > 1 or settings.times == "edges":
+            return errors, None
+        many = dataclasses.replace(plan, steps=settings.pairs.steps)
+        return errors, float(held_out_straightness(generator, held_out, many, batch_size=batch_size).mean())
+
+    def _fit(self, generator: Generator, context: Context, loss: ReflowLoss, plan: SamplingPlan) -> Fitted:
+        work = context.work_folder()
         return fit(
             generator.denoiser,
             loss,
@@ -297,7 +316,7 @@ class Reflow:
             key=fingerprint(dataclasses.asdict(self.config)),
             folder=work,
             progress=context.progress,
-            preview=previews(generator, unique, work),
+            preview=previews(generator, loss.conditions.unique, work, plan),
         )
 
     @staticmethod

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from diffpress.denoise import Conditioning, denoise, encode, trajectory
-from diffpress.diffusion import guide
-from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore
+from diffpress.diffusion import Level, Schedule, flow_time, guide, level, rescale, straightness
+from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, as_told, edges_of
 from diffpress.distill.training import Fitted
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan
@@ -104,12 +104,24 @@ class Conditions:
         return cls(list(place), index, conditional, unconditional)
 
 
+def schedule_of(generator: Generator, pairs: Pairs) -> Schedule:
+    """The generator's schedule, its timesteps in the unit in which its network was told them in ``pairs``."""
+    first = pairs.edges[0].timestep
+    assert first is not None
+    return as_told(generator.schedule, first)
+
+
 def check_teacher(generator: Generator, settings: PairSettings) -> None:
     """Raises ConfigError for a teacher whose guided output is not u + scale (c - u) of two calls."""
     config, name = generator.denoiser.config, type(generator.denoiser).__name__
     for told in ("time_cond_proj_dim", "guidance_embeds"):
         if getattr(config, told, None):
             raise ConfigError(f"{name} is told the guidance scale ({told}); allowed: a network guided by a second call")
+    check_guidance(generator, settings)
+
+
+def check_guidance(generator: Generator, settings: PairSettings) -> None:
+    """Raises ConfigError where the pairs should be guided and the pipeline has no guidance."""
     guided = "guidance_scale" in inspect.signature(type(generator.pipeline).__call__).parameters
     if (settings.guidance_scale or 1) > 1 and not guided:
         raise ConfigError(
@@ -155,15 +167,34 @@ def held_out_error(generator: Generator, pairs: Pairs, plan: SamplingPlan, *, ba
     return (found - wanted).norm(dim=1) / wanted.norm(dim=1)
 
 
-def previews(student: Generator, conditions: Sequence[Any], folder: Path, *, count: int = 16) -> Callable[[int], None]:
-    """A function of the update's number that writes a grid of ``count`` pictures, always from the same noise."""
+def held_out_straightness(generator: Generator, pairs: Pairs, plan: SamplingPlan, *, batch_size: int) -> Tensor:
+    """`straightness` [n] of the generator's paths by ``plan``, on the path flow, from the noise of each record."""
+    found = []
+    for start in range(0, len(pairs), batch_size):
+        part = slice(start, start + batch_size)
+        run = trajectory(generator, pairs.conditions[part], seeds=pairs.seeds[part], plan=plan)
+        edges = edges_of(generator.schedule, run.timesteps, plan.steps)
+        at = Level(*torch.tensor([(edge.alpha, edge.sigma) for edge in edges], dtype=torch.float64).unbind(1))
+        times = flow_time(**at._asdict())
+        shape = (-1, *[1] * (run.states.dim() - 1))
+        source, to = (Level(*(part.view(shape) for part in each)) for each in (at, level(times, "flow")))
+        found.append(straightness(rescale(run.states.cpu().double(), source=source, to=to), times))
+    return torch.cat(found)
+
+
+def previews(
+    student: Generator, conditions: Sequence[Any], folder: Path, plan: SamplingPlan, *, count: int = 16
+) -> Callable[[int], None]:
+    """A function of the update's number that writes a grid of ``count`` pictures, always from the same noise.
+
+    They are drawn in the size of ``plan``, and otherwise as the student is sampled.
+    """
     from PIL import Image
 
     shown = [conditions[index] for index in np.linspace(0, len(conditions) - 1, count).astype(int)]
 
     def write(step: int) -> None:
-        assert student.plan is not None
-        images = student.sample(shown, seeds=range(count), plan=student.plan).images  # [n, h, w, 3]
+        images = student.sample(shown, seeds=range(count), plan=student.plan_for(plan)).images  # [n, h, w, 3]
         rows = [np.concatenate(list(row), axis=1) for row in np.array_split(images, max(1, count // 8))]
         Image.fromarray(np.concatenate(rows)).save(folder / f"preview-{step:06d}.png")
 

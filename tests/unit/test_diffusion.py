@@ -21,8 +21,10 @@ from diffpress.diffusion import (
     from_x0,
     guide,
     level,
+    level_at,
     read_schedule,
     rescale,
+    straightness,
     target,
     timestep_at,
     to_eps,
@@ -368,3 +370,23 @@ def test_network_is_told_the_timestep_of_its_level(scheduler):
     assert ends[0] == 0
     assert ends[1] == schedule.timesteps[-1]
     assert not torch.allclose(timestep_at(schedule, 1 - times), schedule.timesteps)
+    told = torch.tensor([5.0, 40.5, 250.25, 998.0], dtype=torch.float64)
+    torch.testing.assert_close(
+        timestep_at(schedule, flow_time(**level_at(schedule, told)._asdict())), told, atol=0.2, rtol=0
+    )
+    on_grid = level_at(schedule, schedule.timesteps)
+    assert torch.equal(on_grid.alpha, schedule.alphas)
+    assert torch.equal(on_grid.sigma, schedule.sigmas)
+
+
+def test_straightness_is_the_integral_of_liu():
+    """x = a t + b t^2 from 0 to 1: b^2 integral (1 - 2 t)^2 dt = b^2 / 3, on any grid; 0 for b = 0."""
+    times = (torch.linspace(1, 0, 2001, dtype=torch.float64) ** 2).view(-1, 1, 1, 1, 1)  # finer near the data
+    a, b = normal(30), normal(31)
+    found = straightness(a * times + b * times**2, times.flatten())
+    torch.testing.assert_close(found, (b**2).flatten(1).mean(1) / 3, rtol=1e-4, atol=0)
+    assert float(straightness(a * times + 5, times.flatten()).max()) < 1e-20
+    part = times[times.flatten() <= 0.9]  # a run that begins below t = 1 is straight or not by its own ends
+    assert float(straightness(a * part + 5, part.flatten()).max()) < 1e-20
+    even = torch.linspace(1, 0, 2001, dtype=torch.float64)
+    assert not torch.allclose(straightness(a * times + b * times**2, even), found, rtol=0.1)

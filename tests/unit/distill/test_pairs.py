@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffpress.denoise import check_solver, trajectory
-from diffpress.distill.pairs import MANIFEST, PairSettings, PairStore
+from diffpress.diffusion import read_schedule, timestep_at
+from diffpress.distill.pairs import MANIFEST, PairSettings, PairStore, as_told, edges_of
 from diffpress.distill.student import trailing
 from diffpress.errors import ArtifactError, ConfigError, InfrastructureError
 from diffpress.generator import SamplingPlan
@@ -57,6 +59,32 @@ def test_edges_are_levels_of_the_schedule(collect, dit):
         assert edge.alpha == pytest.approx(float(cumulative[int(edge.timestep)] ** 0.5))
         assert edge.alpha**2 + edge.sigma**2 == pytest.approx(1)
     assert (edges[-1].alpha, edges[-1].sigma) == (1, 0)
+
+
+def test_edges_are_found_in_the_unit_that_the_network_is_told():
+    """Of the training grid, or divided by its length as Flux's pipeline does; between its levels, too."""
+    flow, steps = read_schedule(FlowMatchEulerDiscreteScheduler()), torch.tensor([1000.0, 750.0, 500.0, 250.0])
+    for unit in (1, 1000):
+        edges = edges_of(flow, steps / unit, 2)
+        assert [edge.sigma for edge in edges] == pytest.approx([1.0, 0.5, 0.0])
+        assert [edge.timestep for edge in edges] == [1000 / unit, 500 / unit, None]
+        told = timestep_at(as_told(flow, 1000 / unit), torch.tensor([0.25]))
+        assert float(told) == pytest.approx(250 / unit)
+    between = edges_of(flow, torch.tensor([1000.0, 41.667]), 2)[1]
+    assert (between.alpha, between.sigma) == pytest.approx((1 - 0.041667, 0.041667))
+
+
+@pytest.mark.parametrize("first", [0.0, 0.5, 1.5, 667.0, 1100.0])
+def test_a_first_state_that_is_not_noise_is_refused(first):
+    """Time reversed, leading spacing, EDM's own units."""
+    with pytest.raises(ConfigError, match=f"told {first:g} of the solver's first state, which is not nearly pure"):
+        edges_of(read_schedule(DDPMScheduler(beta_schedule="scaled_linear")), torch.tensor([first, first / 2]), 1)
+
+
+def test_stable_diffusion_begins_with_nearly_pure_noise():
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    first = edges_of(read_schedule(scheduler), torch.tensor([999.0, 499.0]), 2)[0]
+    assert first.sigma / (first.alpha + first.sigma) == pytest.approx(0.936, abs=1e-3)
 
 
 def test_batch_size_changes_nothing_but_the_last_bits(collect):
