@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,14 @@ def test_picture_is_that_of_the_pipeline(dit, sd, plan):
         assert [len(each) for each in features] == [2, 2]
         unscaled, _ = Decoder.of(generator).decode(latents)
         assert not torch.allclose(unscaled, picture, atol=0.01)
+
+
+def test_latents_are_shifted_back():
+    """Inverse of how pipelines encode a picture: (z - shift_factor) scaling_factor, as Stable Diffusion 3 has it."""
+    z = normal(0, 2, 16, 8, 8)
+    config = SimpleNamespace(scaling_factor=1.5305, shift_factor=0.0609)
+    torch.testing.assert_close(to_latents((z - config.shift_factor) * config.scaling_factor, config), z)
+    assert not torch.allclose(to_latents(z, SimpleNamespace(scaling_factor=1.5305)), to_latents(z, config), atol=0.05)
 
 
 def test_distance_is_zero_for_the_same_and_its_gradient_the_students(dit, hooks_of):

@@ -167,6 +167,21 @@ def test_guided_goal_is_the_teachers_finish_of_the_students_way(guided):
     assert not torch.allclose(x_0, other, atol=0.1)
 
 
+def test_guided_finish_has_the_guidance_of_the_pairs(guided):
+    """Guidance of equally wide Gaussians moves the mean: from 0.3 and 0.1 by 3 to 0.7."""
+    loss, rows = guided("v", ([0.3, 0.1], 0.4, "straight"), scale=3.0), torch.arange(16)
+    branches = [Conditioning(1, {"class_labels": torch.tensor([label])}, {}) for label in (0, 1)]
+    conditions = Conditions([0], loss.conditions.index, *branches)
+    loss = replace(loss, conditions=conditions, teacher=replace(loss.teacher, conditions=conditions))
+    noise = torch.randn(16, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    told, time = torch.full((16,), loss.pairs.edges[0].timestep), torch.linspace(0.2, 0.8, 16).double()
+    with torch.no_grad():
+        output = loss.output(Oracle(loss.schedule, [0.7, 0.1], 0.4, "straight"), noise, told, rows)
+        torch.testing.assert_close(loss.goal(noise, output, time, rows), output, rtol=1e-3, atol=1e-3)
+        for wrong in (1.0, 2.0, 4.0):
+            assert not torch.allclose(replace(loss, scale=wrong).goal(noise, output, time, rows), output, atol=0.03)
+
+
 def test_guided_goal_has_no_gradient_and_the_pairs_keep_theirs(guided, monkeypatch):
     loss = guided("v", (0.3, 0.4, "teacher"))
 
