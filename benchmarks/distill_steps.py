@@ -111,7 +111,7 @@ def timed(found: dict[str, tuple[Generator, Any]], conditions: list, options: ar
     return {
         name: {
             "ms": dataclasses.asdict(median_interval(timing.samples_ms, unit="ms")),
-            f"over {slowest}": dataclasses.asdict(ratios[name]),
+            f"over {slowest}": dataclasses.asdict(ratios[name]) if name in ratios else None,
         }
         for name, timing in timings.items()
     }

@@ -82,10 +82,11 @@ def benchmark(
 ) -> dict[str, Timing]:
     """Time every candidate once in each of ``rounds`` rounds, after ``warmup`` calls of each.
 
-    Rounds come in pairs, a random order and its reverse (ABBA), so that drift hits all alike. ``synchronize`` is called
-    before the clock starts and before it stops (`torch.cuda.synchronize` for a GPU). Garbage collection waits
-    meanwhile. ``progress(done, total)`` counts rounds, the warm-up included. Raises `ConfigError` without candidates,
-    for fewer than 2 rounds or 1 warm-up call.
+    Rounds come in pairs, a random order and its reverse (ABBA), so that drift hits all alike. Before each call that
+    counts there is one that does not, so that what others left in caches and thread pools is not timed. Garbage
+    collection waits meanwhile. ``synchronize`` is called before the clock starts and before it stops
+    (`torch.cuda.synchronize` for a GPU). ``progress(done, total)`` counts rounds, the warm-up included. Raises
+    `ConfigError` without candidates, for fewer than 2 rounds or 1 warm-up call.
     """
     if not candidates:
         raise ConfigError("nothing to time: name at least one candidate")
@@ -100,6 +101,8 @@ def benchmark(
     try:
         for done, order in enumerate(orders, start=1):
             for name in order:
+                if done > warmup:
+                    candidates[name]()
                 samples[name].append(_time(candidates[name], wait))
             if progress is not None:
                 progress(done, len(orders))
