@@ -74,8 +74,9 @@ def draw(generator: Generator, plan: SamplingPlan, conditions: list, options: ar
 
 
 def trailing(generator: Generator) -> None:
-    """Let every solver begin at pure noise and end without any."""
-    config = dict(generator.pipeline.scheduler.config) | {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    """Let every solver begin at pure noise and end without any; a clipped x_0 would spoil latents."""
+    config = dict(generator.pipeline.scheduler.config)
+    config |= {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
     generator.pipeline.scheduler = type(generator.pipeline.scheduler).from_config(config)
 
 

@@ -211,7 +211,7 @@ class Generator:
         if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
             known = ", ".join(type_.__name__ for type_ in self.pipeline.scheduler.compatibles)
             raise ConfigError(f"scheduler {name!r} is not in diffusers; this generator can use {known}")
-        self.pipeline.scheduler = found.from_config(self.pipeline.scheduler.config)
+        self.pipeline.scheduler = switch_scheduler(self.pipeline.scheduler, found)
 
     def plan_for(self, plan: SamplingPlan) -> SamplingPlan:
         """``plan`` with the steps, guidance and scheduler that this generator was distilled for, if it was."""
@@ -363,6 +363,18 @@ class Generator:
         """Write the pipeline in the stock diffusers layout, safetensors only."""
         self.pipeline.save_pretrained(str(folder), safe_serialization=True)
         (folder / "model_index.json").write_text(json.dumps(self.index(), indent=2, sort_keys=True) + "\n", "utf8")
+
+
+def switch_scheduler(scheduler: Any, kind: type, **changes: Any) -> Any:
+    """A scheduler of the diffusers class ``kind`` with the config of ``scheduler`` and those changes that it knows.
+
+    Where the config does not say so, x_0 is not clipped to [-1, 1], as some classes do by default: latents go beyond.
+    """
+    known = inspect.signature(kind).parameters
+    wanted = {"clip_sample": scheduler.config.get("clip_sample", False)} | changes
+    return kind.from_config(  # type: ignore[attr-defined]
+        scheduler.config, **{name: value for name, value in wanted.items() if name in known}
+    )
 
 
 def argument_names(network: nn.Module) -> list[str]:

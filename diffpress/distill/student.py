@@ -19,7 +19,7 @@ from diffpress.diffusion import Level, Schedule, flow_time, guide, level, rescal
 from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, as_told, edges_of
 from diffpress.distill.training import Fitted
 from diffpress.errors import ConfigError
-from diffpress.generator import Generator, SamplingPlan
+from diffpress.generator import Generator, SamplingPlan, switch_scheduler
 from diffpress.stage import Context
 
 _WHOLE_RANGE = {"timestep_spacing": "trailing", "final_sigmas_type": "zero", "set_alpha_to_one": True}
@@ -33,9 +33,7 @@ def trailing(scheduler: Any, name: str | None = None, **changes: Any) -> Any:
     So the grid of k steps is part of the grid of any multiple of k steps.
     """
     chosen = type(scheduler) if name is None else getattr(diffusers, name)
-    known = inspect.signature(chosen.__init__).parameters
-    wanted = _WHOLE_RANGE | dict.fromkeys(_OWN_GRIDS, False) | changes
-    return chosen.from_config(scheduler.config, **{key: value for key, value in wanted.items() if key in known})
+    return switch_scheduler(scheduler, chosen, **_WHOLE_RANGE | dict.fromkeys(_OWN_GRIDS, False) | changes)
 
 
 def first_order(scheduler: Any) -> Any:

@@ -7,7 +7,8 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
+from tiny import make_scheduler
 from torch import nn
 
 from diffpress.denoise import encode
@@ -232,6 +233,15 @@ def test_scheduler_is_replaced_by_name(dit, plan):
     assert type(dit.pipeline.scheduler).__name__ == "EulerDiscreteScheduler"
     assert dit.pipeline.scheduler.config.prediction_type == "v_prediction"
     assert not np.array_equal(dit.sample([0], seeds=[0], plan=plan).images, before)
+
+
+def test_switched_scheduler_clips_only_where_the_config_says_so(dit, ddpm):
+    dit.use_scheduler("DDIMScheduler")
+    ddpm.use_scheduler("DDIMScheduler")
+    assert not dit.pipeline.scheduler.config.clip_sample
+    assert ddpm.pipeline.scheduler.config.clip_sample  # DDPMScheduler's config says it, and pixels end at 1
+    stock = DDIMScheduler.from_config(make_scheduler().config)
+    assert stock.config.clip_sample  # what would be without
 
 
 @pytest.mark.parametrize("name", ["NoSuchScheduler", "AutoencoderKL", "logging"])
