@@ -163,10 +163,11 @@ def test_no_record_is_kept_that_is_not_finite(collect, dit):
         collect()
 
 
-def test_text_and_pixels_too(sd, ddpm, tmp_path):
+def test_text_and_pixels_too(sd, ddpm, tmp_path, relative):
     for name, generator in (("sd", sd), ("ddpm", ddpm)):
         generator.pipeline.scheduler = trailing(generator.pipeline.scheduler, "DDIMScheduler", clip_sample=False)
         store = PairStore(tmp_path / name, generator, SMALL, PLAN)
         train, _ = store.collect(generator.conditions(2), 1, progress=SILENT)
         run = trajectory(generator, train.conditions[1:2], seeds=[1], plan=replace(PLAN, steps=4))
-        torch.testing.assert_close(train.states[1, -1], run.states[-1, 0], rtol=1e-4, atol=1e-5)
+        assert relative(train.states[1, -1], run.states[-1, 0]) < 1e-3  # another batch size, other last bits
+        assert relative(train.states[2, -1], run.states[-1, 0]) > 0.1
