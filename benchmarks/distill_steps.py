@@ -166,9 +166,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def plot(data: dict[str, Any], image: Path) -> None:
     """Fréchet distance against the latency of one picture: a line for each solver, a star for each student."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xscale="log", yscale="log")
     rows = {name: row for name, row in data["candidates"].items() if "latency" in row}
     for solver, color in zip(SOLVERS, ("#8a8f98", "#3b6fb6", "#3f9f7f"), strict=True):
         line = sorted((row["steps"], row) for name, row in rows.items() if name.startswith(f"{solver}, "))
@@ -182,12 +183,16 @@ def plot(data: dict[str, Any], image: Path) -> None:
     for name, row in rows.items():
         if row["student"]:
             axes.plot([_ms(row)], [_frechet(row)], "*", color="#d1495b", markersize=13)
-            axes.annotate(name, (_ms(row), _frechet(row)), (7, -12), textcoords="offset points", fontsize=8.5)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+            axes.annotate(name, (_ms(row), _frechet(row)), (9, -3), textcoords="offset points", fontsize=8.5)
+    for axis, limits, each in ((axes.xaxis, axes.set_xlim, _ms), (axes.yaxis, axes.set_ylim, _frechet)):
+        values = [each(row) for row in rows.values()]
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
+        limits(min(values) * 0.85, max(values) * 1.15)
     axes.set_xlabel("one picture, ms (batch 1)")
     axes.set_ylabel("Fréchet distance")
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(image, dpi=150)
 
