@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -29,6 +29,11 @@ class Context:
     """Folder for what a killed stage goes on from; gone once the stage is done."""
     train_seed: int = 0
     """Seed of everything that a training draws."""
+    original: Callable[[], Generator] | None = None
+    """Loads the generator as it was before the first stage; the teacher of what was pruned."""
+    latency: Callable[[Generator], Mapping[str, float]] | None = None
+    """Milliseconds that a denoiser call on the target's engine spends in each submodule, by its dotted name, with all
+    that is below it; ``""`` is the whole call."""
 
     def work_folder(self) -> Path:
         """``work``, made; ConfigError where a stage that trains was given none."""

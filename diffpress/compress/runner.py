@@ -88,6 +88,7 @@ class Run:
             pool=read_prompts(self.recipe.evaluate.prompts),
             work=work,
             train_seed=self.recipe.seed + evaluation.TRAINING_SEED,
+            original=partial(load_original, self.recipe),
         )
 
     def base_key(self) -> str:

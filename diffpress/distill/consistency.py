@@ -47,11 +47,11 @@ from diffpress.distill.student import (
     held_out_error,
     outcome,
 )
-from diffpress.distill.training import Draw, TrainingSettings, fit
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, patched
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
+from diffpress.training import Draw, TrainingSettings, fit
 
 HUBER = 1e-3  # RMS error of an element where the loss turns from squared to absolute; LCM's and PCM's
 _SIGMA_MAX = 80.0  # EDM's noisiest level, beyond which ECT's mapping takes every level for this one

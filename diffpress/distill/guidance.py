@@ -31,11 +31,11 @@ from diffpress.distill.student import (
     previews,
     schedule_of,
 )
-from diffpress.distill.training import Draw, TrainingSettings, fit
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, patched
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
+from diffpress.training import Draw, TrainingSettings, fit
 
 CHANNELS = 256  # of an embedded scale, as in latent consistency models
 

@@ -54,10 +54,10 @@ from diffpress.distill.student import (
     restore,
     schedule_of,
 )
-from diffpress.distill.training import Draw, Fitted, TrainingSettings, fit
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
+from diffpress.training import Draw, Fitted, TrainingSettings, fit
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from diffpress.denoise import Conditioning, denoise, encode, trajectory
 from diffpress.diffusion import Level, Schedule, flow_time, guide, level, rescale, straightness
 from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, as_told, edges_of
-from diffpress.distill.training import Fitted
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, switch_scheduler
 from diffpress.stage import Context
+from diffpress.training import Fitted
 
 _WHOLE_RANGE = {"timestep_spacing": "trailing", "final_sigmas_type": "zero", "set_alpha_to_one": True}
 _FIRST_ORDER = {"solver_order": 1, "algorithm_type": "dpmsolver++", "lower_order_final": True}

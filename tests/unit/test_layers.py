@@ -11,7 +11,7 @@ PACKAGE = Path(diffpress.__file__).parent
 STAGES = ("quantize", "prune", "distill", "export", "eval")
 FLOORS = (
     ("errors", "config", "processes", "progress", "memory", "targets", "diffusion", "checkpoint"),
-    ("generator", "denoise", "stage", "artifact"),
+    ("generator", "denoise", "stage", "artifact", "training", "lora", "caching"),
     STAGES,
     ("compress",),
     ("__main__", "__init__"),  # the doors: the command and the public API

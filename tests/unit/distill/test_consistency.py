@@ -15,7 +15,7 @@ from diffpress.diffusion import ddim, flow_time, guide, lcm_boundary, read_sched
 from diffpress.distill.consistency import At, ConsistencyConfig, ConsistencyLoss
 from diffpress.distill.pairs import Edge, PairSettings
 from diffpress.distill.student import Conditions, Teacher
-from diffpress.distill.training import TrainingSettings, draw_of
+from diffpress.training import TrainingSettings, draw_of
 
 PAIRS = PairSettings(count=16, held_out=8, steps=8, batch_size=16)
 TRAINING = TrainingSettings(steps=150, batch_size=8, learning_rate=3e-3, warmup=5, ema=0.9)

@@ -14,10 +14,10 @@ from diffpress.diffusion import ddim, to_eps, to_x0
 from diffpress.distill import student
 from diffpress.distill.consistency import Consistency, ConsistencyConfig, ConsistencyLoss, hands_on_seeds
 from diffpress.distill.pairs import PairSettings
-from diffpress.distill.training import CHECKPOINT, TrainingSettings
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.targets import TARGETS
+from diffpress.training import CHECKPOINT, TrainingSettings
 
 PAIRS = PairSettings(count=16, held_out=8, steps=8, batch_size=16)
 TRAINING = TrainingSettings(steps=150, batch_size=8, learning_rate=3e-3, warmup=5, ema=0.9)

@@ -14,10 +14,10 @@ from diffpress.diffusion import guide, read_schedule
 from diffpress.distill.guidance import Guidance, GuidanceConfig, GuidanceLoss, add_scale_input, scale_embedding
 from diffpress.distill.pairs import PairSettings
 from diffpress.distill.student import Conditions, Teacher
-from diffpress.distill.training import CHECKPOINT, TrainingSettings, draw_of
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.targets import TARGETS
+from diffpress.training import CHECKPOINT, TrainingSettings, draw_of
 
 PAIRS = PairSettings(count=16, held_out=8, steps=8, batch_size=16)
 TRAINING = TrainingSettings(steps=300, batch_size=8, learning_rate=3e-3, warmup=5, ema=0.95)

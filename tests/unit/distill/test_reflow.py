@@ -14,9 +14,9 @@ from diffpress.distill import reflow
 from diffpress.distill.pairs import Edge, Pairs, PairSettings
 from diffpress.distill.reflow import Reflow, ReflowConfig, ReflowLoss
 from diffpress.distill.student import Conditions, Teacher
-from diffpress.distill.training import TrainingSettings, draw_of
 from diffpress.errors import ConfigError, TrainingError
 from diffpress.targets import TARGETS
+from diffpress.training import TrainingSettings, draw_of
 
 PAIRS = PairSettings(count=16, held_out=8, steps=8, batch_size=16)
 TRAINING = TrainingSettings(steps=150, batch_size=8, learning_rate=3e-3, warmup=5, ema=0.9)

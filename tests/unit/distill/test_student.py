@@ -18,10 +18,10 @@ from diffpress.distill.guidance import add_scale_input
 from diffpress.distill.pairs import Edge, Pairs, PairSettings
 from diffpress.distill.reflow import Reflow, ReflowConfig, ReflowLoss
 from diffpress.distill.student import Conditions, held_out_straightness, previews, trailing
-from diffpress.distill.training import TrainingSettings, draw_of
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.targets import TARGETS
+from diffpress.training import TrainingSettings, draw_of
 
 PAIRS = PairSettings(count=64, held_out=8, steps=8, batch_size=16)
 TRAINING = TrainingSettings(steps=200, batch_size=8, learning_rate=3e-3, warmup=5, ema=0.9)

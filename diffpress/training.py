@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from diffpress import processes
 from diffpress.config import config
-from diffpress.distill.lora import add_adapters, merge_adapters
 from diffpress.errors import ArtifactError, ConfigError, TrainingError
+from diffpress.lora import add_adapters, merge_adapters
 from diffpress.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffpress.distill.training import CHECKPOINT, TrainingSettings, draw_of, fit, follow, rate_of
 from diffpress.errors import ArtifactError, TrainingError
 from diffpress.progress import SILENT
+from diffpress.training import CHECKPOINT, TrainingSettings, draw_of, fit, follow, rate_of
 
 SETTINGS = TrainingSettings(steps=12, batch_size=4, learning_rate=0.05, warmup=2, ema=0.9)
 DATA = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
