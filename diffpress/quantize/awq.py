@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpress.layer_inputs import pre_hooks
 from diffpress.quantize.folds import Fold, apply_fold, divide_affine, divide_rows
-from diffpress.quantize.streams import Rows, pre_hooks
+from diffpress.quantize.streams import Rows
 from diffpress.quantize.weight_only import Form, group_codes
 
 MAX_ROWS = 512  # rows of a layer's input that are kept; enough to rank candidates

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from diffpress.errors import ParityError
 from diffpress.generator import Generator
+from diffpress.layer_inputs import pre_hooks
 from diffpress.quantize.modules import QuantizedLayer
 from diffpress.quantize.observers import Histogram
-from diffpress.quantize.streams import pre_hooks
 from diffpress.stage import Context
 
 SENSITIVITY_SAMPLES = 2

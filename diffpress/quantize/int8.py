@@ -12,9 +12,10 @@ from torch import nn
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
+from diffpress.layer_inputs import summable
 from diffpress.quantize.calibrate import layer_errors, observe_ranges
 from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quantized, weight_codes
-from diffpress.quantize.moments import Moments, collect_moments, shared_inputs, summable
+from diffpress.quantize.moments import Moments, collect_moments, shared_inputs
 from diffpress.quantize.observers import Observer, choose_range
 from diffpress.quantize.rounding import gptq_codes, mean_error, refit_weight
 from diffpress.quantize.split import find_splits, split

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffpress.generator import Generator
-from diffpress.quantize.streams import pre_hooks
+from diffpress.layer_inputs import pre_hooks
 from diffpress.stage import Context
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffpress.generator import Generator
+from diffpress.layer_inputs import pre_hooks
 from diffpress.quantize.folds import Fold
 from diffpress.stage import Context
 
@@ -71,21 +71,6 @@ def as_rows(x: Tensor, channels: int) -> Tensor:
     if x.ndim == 4 and x.shape[1] == channels:
         x = x.movedim(1, -1)
     return x.detach().reshape(-1, channels)
-
-
-@contextmanager
-def pre_hooks(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Show ``see`` the name and the input of each layer that is called inside the block."""
-
-    def watch(name: str, layer: nn.Module) -> Any:
-        return layer.register_forward_pre_hook(lambda module, args: see(name, args[0]))
-
-    handles = [watch(name, layer) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def observe_folds(

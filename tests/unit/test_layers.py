@@ -10,8 +10,8 @@ import diffpress
 PACKAGE = Path(diffpress.__file__).parent
 STAGES = ("quantize", "prune", "distill", "export", "eval")
 FLOORS = (
-    ("errors", "config", "processes", "progress", "memory", "targets", "diffusion", "checkpoint"),
-    ("generator", "denoise", "stage", "artifact", "training", "lora", "caching"),
+    ("errors", "config", "processes", "progress", "memory", "targets", "diffusion", "sampling", "checkpoint"),
+    ("generator", "denoise", "stage", "artifact", "training", "lora", "caching", "layer_inputs"),
     STAGES,
     ("compress",),
     ("__main__", "__init__"),  # the doors: the command and the public API

@@ -195,7 +195,7 @@ def test_repairs_need_no_more_than_the_matrices_they_use(dit, context, monkeypat
 def test_too_wide_layers_keep_nearest_rounding(dit_folder, context, monkeypatch):
     codes = {}
     for limit in (40, 6144):
-        monkeypatch.setattr("diffpress.quantize.moments.LARGEST", limit)
+        monkeypatch.setattr("diffpress.layer_inputs.LARGEST", limit)
         generator = Generator.load(dit_folder)
         Int8(Int8Config(rounding="gptq")).apply(generator, context(generator))
         codes[limit] = generator.denoiser.state_dict()

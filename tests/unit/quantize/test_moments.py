@@ -1,31 +1,14 @@
-"""Moments against numpy on the collected inputs, patches against unfold, and what bounds their memory."""
+"""Moments against numpy on the collected inputs, and what bounds their memory."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from diffpress.layer_inputs import positions, pre_hooks, rows_at
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation
-from diffpress.quantize.moments import (
-    LARGEST,
-    Moments,
-    collect_moments,
-    columns,
-    groups,
-    positions,
-    rows_at,
-    shared_inputs,
-    summable,
-)
-from diffpress.quantize.streams import pre_hooks
+from diffpress.quantize.moments import Moments, collect_moments, shared_inputs
 from diffpress.targets import TARGETS
-
-CONVOLUTIONS = [
-    nn.Conv2d(3, 5, 3, padding=1),
-    nn.Conv2d(3, 5, 1),
-    nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
-]
 
 
 def activation_of(x, target="onnxruntime"):
@@ -34,20 +17,7 @@ def activation_of(x, target="onnxruntime"):
     return activation
 
 
-@pytest.mark.parametrize("layer", CONVOLUTIONS)
-def test_patches_are_what_a_convolution_multiplies(layer):
-    x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
-    places = torch.arange(positions(layer, x))
-    rows = rows_at(layer, x, places)
-    unfolded = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [n, columns, places]
-    assert torch.equal(rows, unfolded.transpose(1, 2).flatten(0, 1))
-    expected = layer(x).movedim(1, -1).reshape(-1, 5)
-    found = rows @ layer.weight.flatten(1).T + layer.bias
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(rows_at(layer, x, places.roll(1)) @ layer.weight.flatten(1).T + layer.bias, expected)
-
-
-@pytest.mark.parametrize("layer", [nn.Linear(7, 4), CONVOLUTIONS[0]])
+@pytest.mark.parametrize("layer", [nn.Linear(7, 4), nn.Conv2d(3, 5, 3, padding=1)])
 def test_moments_are_those_of_all_rows(layer):
     random = torch.Generator().manual_seed(0)
     calls = [torch.randn(6, *(5, 7) if isinstance(layer, nn.Linear) else (3, 4, 4), generator=random) for _ in range(4)]
@@ -75,22 +45,6 @@ def test_each_call_has_the_same_share_of_sampled_rows():
         moments.update(torch.full((size, 2), float(call == 1)))
     assert moments.count == 30
     torch.testing.assert_close(moments.mean_x, torch.full((2,), 1 / 3))
-
-
-def test_what_is_not_summed():
-    assert summable(nn.Linear(LARGEST, 1))
-    assert not summable(nn.Linear(LARGEST + 1, 1))
-    assert summable(CONVOLUTIONS[2])
-    assert columns(CONVOLUTIONS[2]) == 18
-    for other in ({"groups": 4}, {"padding": "same"}, {"padding_mode": "reflect", "padding": 1}):
-        assert not summable(nn.Conv2d(4, 4, 3, **other))
-
-
-def test_groups_keep_to_the_limit():
-    sizes = {"a": 4, "b": 5, "c": 6, "d": 20, "e": 1}
-    assert list(groups(sizes, limit=10)) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert list(groups(sizes, limit=100)) == [list(sizes)]
-    assert list(groups({})) == []
 
 
 def test_shared_inputs_of_attention(sd, context):
