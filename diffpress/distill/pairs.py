@@ -139,12 +139,14 @@ class PairStore:
     ) -> tuple[Pairs, Pairs]:
         """Records to train on and held-out ones, ``conditions`` in turn; what is on disk already is not made again.
 
-        Raises ArtifactError when the folder holds the records of another teacher, plan or list of conditions, or a
-        damaged shard, and InfrastructureError when the disk is too small.
+        A folder of records of more phases, a multiple of ``phases``, serves: the states between are left out. Raises
+        ArtifactError when the folder holds the records of another teacher, plan or list of conditions, of phases that
+        do not fit, or a damaged shard, and InfrastructureError when the disk is too small.
         """
         check_solver(self.teacher)
-        identity = self._identity(conditions, phases, seed)
-        self._claim(identity, conditions, phases)
+        stored = self._stored_phases(phases)
+        identity = self._identity(conditions, stored, seed)
+        self._claim(identity, conditions, stored)
         parts = []
         for name, count, first in (
             ("train", self.settings.count, seed),
@@ -154,13 +156,27 @@ class PairStore:
                 (f"{name}-{start:07d}.safetensors", start, min(self.settings.shard, count - start))
                 for start in range(0, count, self.settings.shard)
             ]
-            self._make(processes.mine(shards), conditions, phases, first, progress)
+            self._make(processes.mine(shards), conditions, stored, first, progress)
             parts.append((name, shards, first))
         processes.wait_for_all()
         if processes.first():
             self._seal(identity, [file for _, shards, _ in parts for file, _, _ in shards])
-        train, held_out = (self._read(shards, conditions, first) for _, shards, first in parts)
+        train, held_out = (self._read(shards, conditions, first, stored // phases) for _, shards, first in parts)
         return train, held_out
+
+    def _stored_phases(self, phases: int) -> int:
+        """Those of the folder's records, if there are any; ArtifactError where they are no multiple of ``phases``."""
+        path = self.folder / MANIFEST
+        found = read_json(path).get("phases") if path.exists() else None
+        if not isinstance(found, int):
+            return phases
+        if found % phases:
+            fitting = ", ".join(str(number) for number in range(1, found + 1) if found % number == 0)
+            raise ArtifactError(
+                f"{self.folder} holds records of {found} phases, {phases} are asked for; allowed: {fitting}, or a new "
+                "folder"
+            )
+        return found
 
     def _identity(self, conditions: Sequence[Any], phases: int, seed: int) -> dict[str, Any]:
         """What decides every byte of the records."""
@@ -249,15 +265,16 @@ class PairStore:
                 raise ArtifactError(f"{self.folder / file} is damaged: its hash is not the manifest's; delete the file")
         write_json(path, identity | {"shards": (stored or {}) | hashes})
 
-    def _read(self, shards: list[tuple[str, int, int]], conditions: Sequence[Any], first: int) -> Pairs:
+    def _read(self, shards: list[tuple[str, int, int]], conditions: Sequence[Any], first: int, every: int) -> Pairs:
+        """The records of ``shards`` with the states at every ``every``-th edge."""
         try:
             tables = [load_file(self.folder / file) for file, _, _ in shards]
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{self.folder}: a shard cannot be read: {error}") from error
         rows = [row for _, start, count in shards for row in range(start, start + count)]
-        edges = tuple(Edge(a, s, None if t < 0 else t) for a, s, t in tables[0]["edges"].tolist())
+        edges = tuple(Edge(a, s, None if t < 0 else t) for a, s, t in tables[0]["edges"].tolist())[::every]
         return Pairs(
-            torch.cat([table["states"] for table in tables]),
+            torch.cat([table["states"][:, ::every] for table in tables]),
             [conditions[row % len(conditions)] for row in rows],
             [first + row for row in rows],
             edges,

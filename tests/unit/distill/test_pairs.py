@@ -130,6 +130,31 @@ def test_records_of_another_plan_are_refused(collect):
         collect(guidance_scale=1.0)
 
 
+def test_records_of_more_phases_serve(collect, tmp_path):
+    """4 phases serve 2 and 1, to the bit and without sampling anew; what is missing is made in 4."""
+    collect("four", phases=4)
+    folder = tmp_path / "four"
+    before = hashes(folder)
+    (folder / "train-0000004.safetensors").unlink()
+    for phases in (2, 1):
+        fresh, found = collect(f"fresh-{phases}", phases=phases), collect("four", phases=phases)
+        for one, other in zip(found, fresh, strict=True):
+            assert one.edges == other.edges
+            assert (one.seeds, one.conditions) == (other.seeds, other.conditions)
+            torch.testing.assert_close(one.states, other.states, rtol=0, atol=0)
+    assert hashes(folder) == before
+    assert collect("four", phases=4)[0].phases == 4
+    coarse = collect("four", phases=2)[0].states
+    assert not torch.allclose(coarse[:, 1], collect("four", phases=4)[0].states[:, 1], atol=0.1)  # its first half
+
+
+@pytest.mark.parametrize(("stored", "asked"), [(4, 3), (2, 4), (1, 2)])
+def test_records_of_phases_that_do_not_fit_are_refused(collect, stored, asked):
+    collect(phases=stored)
+    with pytest.raises(ArtifactError, match=rf"records of {stored} phases, {asked} are asked for; allowed: 1"):
+        collect(phases=asked)
+
+
 def test_small_disk_is_refused_before_any_work(collect, monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(InfrastructureError, match="0 MiB are free"):
