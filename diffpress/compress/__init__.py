@@ -23,11 +23,12 @@ def compress(
     *,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
-) -> Result:
+) -> Result | None:
     """Turn ``model`` into an engine by ``recipe`` (a shipped name, a YAML file, or its data) and measure it.
 
-    Everything goes to ``output``; a call that was stopped goes on there. Returns the report and the folder. Raises
-    RecipeError with everything that is wrong with the recipe, and other DiffpressErrors before heavy work starts.
+    Everything goes to ``output``; a call that was stopped goes on there. Returns the report and the folder; None in all
+    but the first of several processes. Raises RecipeError with everything that is wrong with the recipe, and other
+    DiffpressErrors before heavy work starts.
     """
     from diffpress.compress.loading import load_recipe
     from diffpress.compress.methods import METHODS
@@ -40,9 +41,7 @@ def compress(
         loaded = load_recipe(recipe, list(overrides), methods=configs)
     else:
         loaded = load_recipe(recipe, [f"model={model}", *overrides], methods=configs)
-    result = run(loaded, Path(output), progress=progress or SILENT)
-    assert result is not None
-    return result
+    return run(loaded, Path(output), progress=progress or SILENT)
 
 
 class _Callable(ModuleType):
