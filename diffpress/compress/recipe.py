@@ -6,6 +6,7 @@ how one is written back.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,35 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from diffpress.config import config
 from diffpress.export.settings import ExportConfig
+
+logger = logging.getLogger(__name__)
+
+PRUNING = ("prune.depth", "prune.width", "prune.tokens")  # what changes the network's structure
+FEW_STEPS = 8  # below this, features of neighbouring steps differ too much to be reused
+_FIXES_STEPS = ("distill.consistency", "distill.reflow")
+_STUDENTS = (*_FIXES_STEPS, "distill.guidance")
+_ORDER: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (  # what cannot come late, after what, and why
+    (
+        ("prune.recover",),
+        _STUDENTS,
+        "learns from the original, but {0} has made a student of another function; allowed: before {0}",
+    ),
+    (
+        ("prune.schedule",),
+        _FIXES_STEPS,
+        "looks for a grid of steps, but {0} has fixed it; allowed: only one of the two",
+    ),
+    (
+        _FIXES_STEPS,
+        ("prune.schedule",),
+        "has a grid of steps of its own, but {0} has fixed it; allowed: only one of the two",
+    ),
+    (
+        (*_STUDENTS, *PRUNING, "prune.recover", "prune.schedule"),
+        ("prune.steps",),
+        "changes the network or its steps, but {0} was fitted to what they were; allowed: before {0}",
+    ),
+)
 
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
@@ -132,23 +162,76 @@ class Recipe:
         wrong += [what for _, what in misplaced(self.stages)]
         if wrong:
             raise ValueError("; ".join(wrong))
+        _warn_of_few_steps(self)
         return self
 
 
 def misplaced(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
-    """(index, what is wrong) of each stage that needs the denoiser in float after one that has quantized it.
+    """(index, what is wrong) of each stage that cannot stand where it does, in the order of the stages."""
+    rules = (_after_quantizer, _after_fitted, _nothing_pruned, _nothing_left)
+    return sorted(wrong for rule in rules for wrong in rule(stages))
 
-    See `Stage` for what a config may say of this.
-    """
+
+def _place(stages: Sequence[StageSpec], index: int) -> str:
+    return f"stages.{index}.{stages[index].method}"
+
+
+def _after_quantizer(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
+    """Stages that need the denoiser in float after one that has quantized it; see `Stage` for what a config says."""
     quantizer, wrong = None, []
     for index, stage in enumerate(stages):
-        name = f"stages.{index}.{stage.method}"
+        name = _place(stages, index)
         if quantizer is not None and not getattr(stage.config, "after_quantization", False):
             what = f"{name}: needs the denoiser in float, but {quantizer} has quantized it"
             wrong.append((index, f"{what}; allowed: before {quantizer}, or only one of the two"))
         elif getattr(stage.config, "quantizes", None) == "denoiser":
             quantizer = quantizer or name
     return wrong
+
+
+def _after_fitted(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
+    """Stages of which `_ORDER` says that they cannot follow an earlier one."""
+    wrong = []
+    for index, stage in enumerate(stages):
+        for late, early, why in _ORDER:
+            first = next((place for place in range(index) if stages[place].method in early), None)
+            if stage.method in late and first is not None:
+                wrong.append((index, f"{_place(stages, index)}: {why.format(_place(stages, first))}"))
+    return wrong
+
+
+def _nothing_pruned(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
+    return [
+        (index, f"{_place(stages, index)}: nothing is pruned before it; allowed: after {', '.join(PRUNING)}")
+        for index, stage in enumerate(stages)
+        if stage.method == "prune.recover" and not any(earlier.method in PRUNING for earlier in stages[:index])
+    ]
+
+
+def _nothing_left(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
+    """A ``quantize.weights`` of all layers after one that has taken them all, in the same part."""
+    takers: dict[str, str] = {}
+    wrong = []
+    for index, stage in enumerate(stages):
+        if stage.method != "quantize.weights":
+            continue
+        part, layers, name = stage.config.component, stage.config.layers, _place(stages, index)
+        if part in takers and layers is None:
+            what = f"{name}: {takers[part]} leaves no layer of {part} in float"
+            wrong.append((index, f"{what}; allowed: layers or skip in {takers[part]}, or only one of the two"))
+        elif not stage.config.skip and (layers is None or "*" in layers):
+            takers.setdefault(part, name)
+    return wrong
+
+
+def _warn_of_few_steps(recipe: Recipe) -> None:
+    """Say where features are reused over so few steps that neighbours have little in common."""
+    fixed = [spec.config.steps for spec in recipe.stages if spec.method in _FIXES_STEPS]
+    steps = fixed[-1] if fixed else recipe.evaluate.steps
+    for index, spec in enumerate(recipe.stages):
+        if spec.method == "prune.steps" and steps < FEW_STEPS:
+            name = _place(recipe.stages, index)
+            logger.warning("%s: %d steps are few for reuse between them; %d and more gain", name, steps, FEW_STEPS)
 
 
 def recipes_folder() -> Path:

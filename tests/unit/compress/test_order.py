@@ -1,5 +1,8 @@
 """The order of stages: what needs the denoiser in float comes before what quantizes it, told before any work."""
 
+import logging
+from typing import ClassVar
+
 import pytest
 from pydantic import ValidationError
 
@@ -15,6 +18,18 @@ CONFIGS = {name: stage.Config for name, stage in METHODS.items()}
 @config
 class Prune:
     """A method of another kind: it says nothing, so it needs the denoiser in float."""
+
+
+@config
+class Reuse:
+    """A method that runs on a quantized denoiser too."""
+
+    after_quantization: ClassVar[bool] = True
+
+
+NAMES = ("prune.depth", "prune.width", "prune.tokens", "prune.recover", "prune.schedule", "prune.steps")
+PRUNING = {name: Reuse if name in ("prune.schedule", "prune.steps") else Prune for name in NAMES}
+ALL = {**CONFIGS, **PRUNING}
 
 
 def problems(tmp_path, *stages, methods=CONFIGS):
@@ -37,21 +52,129 @@ def problems(tmp_path, *stages, methods=CONFIGS):
         ("quantize.int8", "quantize.weights: {layers: [a]}", "quantize.weights"),
         ("quantize.weights: {component: text_encoder}", "quantize.smooth", "quantize.int8"),
         ("quantize.int8", "quantize.weights: {component: text_encoder}", "quantize.weights"),
+        ("quantize.weights: {skip: [a]}", "quantize.weights"),
+        ("quantize.weights", "quantize.weights: {layers: [proj_out_2]}"),
+        ("quantize.weights", "quantize.weights: {component: text_encoder}"),
+        ("prune.depth", "prune.width", "prune.recover", "prune.tokens", "prune.recover"),
+        ("prune.depth", "prune.recover", "prune.schedule", "prune.steps", "quantize.int8"),
+        ("prune.depth", "prune.recover", "distill.reflow", "quantize.int8", "prune.steps"),
+        ("distill.guidance", "prune.schedule", "prune.steps"),
     ],
 )
 def test_orders_that_work(tmp_path, stages):
-    assert problems(tmp_path, *stages) == []
+    assert problems(tmp_path, *stages, methods=ALL) == []
 
 
-@pytest.mark.parametrize("late", ["quantize.int8", "quantize.smooth", "quantize.reparam", "prune.width"])
+@pytest.mark.parametrize(
+    "late",
+    ["quantize.int8", "quantize.smooth", "quantize.reparam", "prune.depth", "prune.width", "prune.tokens"],
+)
 @pytest.mark.parametrize("quantizer", ["quantize.int8", "quantize.weights"])
 def test_what_needs_float_is_refused_after_a_quantizer(tmp_path, quantizer, late):
-    found = problems(tmp_path, "quantize.smooth", quantizer, late, methods={**CONFIGS, "prune.width": Prune})
+    found = problems(tmp_path, "quantize.smooth", quantizer, late, methods=ALL)
     what = (
         f"stages.2.{late}: needs the denoiser in float, but stages.1.{quantizer} has quantized it; "
         f"allowed: before stages.1.{quantizer}, or only one of the two"
     )
     assert found == [("mine.yaml:5", what)]
+
+
+def test_recovery_is_refused_after_a_quantizer(tmp_path):
+    found = problems(tmp_path, "prune.depth", "quantize.int8", "prune.recover", methods=ALL)
+    assert [where for where, _ in found] == ["mine.yaml:5"]
+    assert "stages.2.prune.recover: needs the denoiser in float, but stages.1.quantize.int8" in found[0][1]
+
+
+@pytest.mark.parametrize("before", [(), ("quantize.smooth",), ("prune.schedule",)])
+def test_recovery_of_nothing_is_refused(tmp_path, before):
+    found = problems(tmp_path, *before, "prune.recover", "prune.depth", methods=ALL)
+    what = (
+        f"stages.{len(before)}.prune.recover: nothing is pruned before it; "
+        "allowed: after prune.depth, prune.width, prune.tokens"
+    )
+    assert found == [(f"mine.yaml:{3 + len(before)}", what)]
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "why"),
+    [
+        ("distill.reflow", "prune.recover", "learns from the original, but {0} has made a student of another function"),
+        (
+            "distill.guidance",
+            "prune.recover",
+            "learns from the original, but {0} has made a student of another function",
+        ),
+        ("prune.steps", "distill.reflow", "changes the network or its steps, but {0} was fitted to what they were"),
+        ("prune.steps", "distill.guidance", "changes the network or its steps, but {0} was fitted to what they were"),
+        ("prune.steps", "prune.depth", "changes the network or its steps, but {0} was fitted to what they were"),
+        ("prune.steps", "prune.schedule", "changes the network or its steps, but {0} was fitted to what they were"),
+    ],
+)
+def test_what_an_earlier_stage_was_fitted_to(tmp_path, early, late, why):
+    """Refused with any other stage between them, too; the other way round each works."""
+    found = problems(tmp_path, "prune.width", early, "quantize.smooth", late, methods=ALL)
+    place = f"stages.1.{early}"
+    assert found == [("mine.yaml:6", f"stages.3.{late}: {why.format(place)}; allowed: before {place}")]
+    assert problems(tmp_path, "prune.width", late, "quantize.smooth", early, methods=ALL) == []
+
+
+@pytest.mark.parametrize("student", ["distill.reflow", "distill.consistency"])
+def test_one_grid_of_steps_for_a_generator(tmp_path, student):
+    found = [
+        problems(tmp_path, *pair, methods=ALL) for pair in ((student, "prune.schedule"), ("prune.schedule", student))
+    ]
+    assert found == [
+        [
+            (
+                "mine.yaml:4",
+                f"stages.1.prune.schedule: looks for a grid of steps, but stages.0.{student} has fixed it; "
+                "allowed: only one of the two",
+            )
+        ],
+        [
+            (
+                "mine.yaml:4",
+                f"stages.1.{student}: has a grid of steps of its own, but stages.0.prune.schedule has fixed it; "
+                "allowed: only one of the two",
+            )
+        ],
+    ]
+
+
+@pytest.mark.parametrize("layers", ["null", "['*', a]"])
+@pytest.mark.parametrize("part", ["denoiser", "text_encoder"])
+def test_weights_that_are_all_quantized_already(tmp_path, layers, part):
+    stages = [f"quantize.weights: {{component: {part}, layers: {which}}}" for which in (layers, "null")]
+    found = problems(tmp_path, *stages)
+    what = (
+        f"stages.1.quantize.weights: stages.0.quantize.weights leaves no layer of {part} in float; "
+        "allowed: layers or skip in stages.0.quantize.weights, or only one of the two"
+    )
+    assert found == [("mine.yaml:4", what)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "steps", "warned"),
+    [
+        (("prune.steps",), 7, 7),
+        (("prune.steps",), 8, None),
+        (("prune.depth",), 4, None),
+        (("distill.reflow: {steps: 4}", "prune.steps"), 50, 4),
+        (("distill.reflow: {steps: 8}", "prune.steps"), 4, None),
+        (("distill.guidance", "prune.steps"), 50, None),
+    ],
+)
+def test_reuse_between_few_steps_warns(tmp_path, caplog, stages, steps, warned):
+    file = tmp_path / "mine.yaml"
+    lines = ["model: x", f"evaluate: {{steps: {steps}}}", "stages:", *(f"  - {stage}" for stage in stages)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        load_recipe(file, methods=ALL)
+    said = [record.getMessage() for record in caplog.records]
+    place = f"stages.{len(stages) - 1}.prune.steps"
+    assert said == (
+        [] if warned is None else [f"{place}: {warned} steps are few for reuse between them; 8 and more gain"]
+    )
 
 
 def test_every_misplaced_stage_is_told_with_other_errors(tmp_path):
