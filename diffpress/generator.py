@@ -15,40 +15,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from diffpress.checkpoint import fetch, first_lines, quiet_loading, verify
-from diffpress.config import config
 from diffpress.diffusion import Schedule, read_schedule
 from diffpress.errors import CheckpointError, ConfigError
 from diffpress.progress import SILENT, Progress
+from diffpress.sampling import SamplingPlan, on_grid, patched, switch_scheduler
 
 logger = logging.getLogger(__name__)
 
 Conditioning = Literal["class", "text", "unconditional"]
 _CONDITION_ARGUMENT = {"class": "class_labels", "text": "prompt"}
-
-
-@config
-class SamplingPlan:
-    """How pictures are drawn."""
-
-    steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    """Denoiser calls for one picture, guidance counted once."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 4.0
-    """Classifier-free guidance in the diffusers convention; 1 means none."""
-    height: Annotated[int, Field(ge=8)] | None = None
-    """Pixels; None is the generator's own."""
-    width: Annotated[int, Field(ge=8)] | None = None
-    """Pixels; None is the generator's own."""
-    scheduler: str | None = None
-    """Name of a diffusers scheduler class; None is the generator's own."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +55,6 @@ class _Enough(Exception):  # noqa: N818 - a signal, not an error
     """Ends a sampling run from within a hook."""
 
 
-@contextmanager
-def patched(target: Any, name: str, replacement: Any) -> Iterator[None]:
-    """Give one object another method for the length of the block; nests."""
-    before = vars(target).get(name)
-    object.__setattr__(target, name, replacement)
-    try:
-        yield
-    finally:
-        if before is None:
-            object.__delattr__(target, name)
-        else:
-            object.__setattr__(target, name, before)
-
-
 class Generator:
     """A diffusers pipeline with a denoiser, and the folder its weights came from."""
 
@@ -99,7 +68,7 @@ class Generator:
             raise CheckpointError(f"{type(pipeline).__name__} has no 'transformer' or 'unet'; its parts are {have}")
         self.denoiser_name = names[0]
         self.plan: SamplingPlan | None = getattr(pipeline, "sampling_plan", None)
-        """How a distilled generator has to be sampled; None: any way its scheduler can."""
+        """How a generator that was made for it (a student, a searched schedule) is sampled; None: in any way."""
         self._arguments = inspect.signature(type(pipeline).__call__).parameters
         self.conditioning_kind  # noqa: B018 - an unknown family is refused here
         pipeline.set_progress_bar_config(disable=True)
@@ -214,10 +183,11 @@ class Generator:
         self.pipeline.scheduler = switch_scheduler(self.pipeline.scheduler, found)
 
     def plan_for(self, plan: SamplingPlan) -> SamplingPlan:
-        """``plan`` with the steps, guidance and scheduler that this generator was distilled for, if it was."""
+        """``plan`` with the steps, guidance, scheduler and timesteps that this generator was made for, if it was."""
         if self.plan is None:
             return plan
-        return replace(plan, steps=self.plan.steps, guidance_scale=self.plan.guidance_scale, scheduler=None)
+        kept = {name: getattr(self.plan, name) for name in ("steps", "guidance_scale", "timesteps")}
+        return replace(plan, scheduler=None, **kept)
 
     @property
     def can_resize(self) -> bool:
@@ -271,7 +241,8 @@ class Generator:
     def draw(self, conditions: Sequence[Any], *, seeds: Sequence[int], plan: SamplingPlan) -> Any:
         """What the pipeline itself returns for one batch, its noise from the seeds."""
         self.use_scheduler(plan.scheduler)
-        return self.pipeline(**self._call_arguments(conditions, seeds, plan))
+        with on_grid(self.pipeline.scheduler, plan.timesteps):
+            return self.pipeline(**self._call_arguments(conditions, seeds, plan))
 
     def sample(
         self,
@@ -363,18 +334,6 @@ class Generator:
         """Write the pipeline in the stock diffusers layout, safetensors only."""
         self.pipeline.save_pretrained(str(folder), safe_serialization=True)
         (folder / "model_index.json").write_text(json.dumps(self.index(), indent=2, sort_keys=True) + "\n", "utf8")
-
-
-def switch_scheduler(scheduler: Any, kind: type, **changes: Any) -> Any:
-    """A scheduler of the diffusers class ``kind`` with the config of ``scheduler`` and those changes that it knows.
-
-    Where the config does not say so, x_0 is not clipped to [-1, 1], as some classes do by default: latents go beyond.
-    """
-    known = inspect.signature(kind).parameters
-    wanted = {"clip_sample": scheduler.config.get("clip_sample", False)} | changes
-    return kind.from_config(  # type: ignore[attr-defined]
-        scheduler.config, **{name: value for name, value in wanted.items() if name in known}
-    )
 
 
 def argument_names(network: nn.Module) -> list[str]:

@@ -17,7 +17,8 @@ from diffpress.errors import ArtifactError
 from diffpress.export.build import MANIFEST
 from diffpress.export.modules import EngineAutoencoder, EngineDenoiser, EngineTextEncoder
 from diffpress.export.session import open_session
-from diffpress.generator import SamplingPlan, quiet_loading
+from diffpress.generator import quiet_loading
+from diffpress.sampling import SamplingPlan, on_grid
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,10 @@ def load(
 
 
 def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
-    """Make the plan that a student was distilled for the default of its pipeline; other settings are warned of."""
+    """Make the plan that a generator was made for the default of its pipeline; other settings are warned of.
+
+    Its timesteps hold for as many steps, unless the call brings its own.
+    """
     kind, wanted = type(pipeline), {"num_inference_steps": plan.steps, "guidance_scale": plan.guidance_scale}
     signature = inspect.signature(kind.__call__)
     known = {name: value for name, value in wanted.items() if name in signature.parameters}
@@ -76,10 +80,12 @@ def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         for name, value in known.items():
             if given.get(name, value) != value:
-                logger.warning("distilled for %s=%g, called with %g: expect worse pictures", name, value, given[name])
-        return kind.__call__(
-            self, *args, **{name: value for name, value in known.items() if name not in given}, **kwargs
-        )
+                logger.warning("made for %s=%g, called with %g: expect worse pictures", name, value, given[name])
+        own = given.get("num_inference_steps", plan.steps) != plan.steps or given.keys() & {"timesteps", "sigmas"}
+        with on_grid(self.scheduler, None if own else plan.timesteps):
+            return kind.__call__(
+                self, *args, **{name: value for name, value in known.items() if name not in given}, **kwargs
+            )
 
     pipeline.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
     pipeline.sampling_plan = plan

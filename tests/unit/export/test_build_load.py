@@ -1,5 +1,6 @@
 """From a quantized pipeline to a folder, and back to a pipeline that draws the same pictures."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation
+from diffpress.sampling import SamplingPlan
 
 
 def build_int8(folder, output, context, target, size="static"):
@@ -290,9 +292,39 @@ def test_a_distilled_engine_is_sampled_as_it_was_distilled(dit_built, tmp_path, 
         other = pipeline(
             [1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np"
         ).images
-    assert warnings_in(caplog) == ["distilled for num_inference_steps=2, called with 3: expect worse pictures"]
+    assert warnings_in(caplog) == ["made for num_inference_steps=2, called with 3: expect worse pictures"]
     assert len(seen) == 7
     assert abs(one - other).max() > 0.01
+
+
+def test_an_engine_with_a_grid_is_sampled_on_it(dit_built, tmp_path, caplog, relative):
+    """For as many steps, whoever asks; other steps and timesteps of a call are its own, and a warning says so."""
+    folder = shutil.copytree(dit_built[1].folder, tmp_path / "gridded")
+    manifest = json.loads((folder / build.MANIFEST).read_text())
+    made = SamplingPlan(steps=3, guidance_scale=2.0, timesteps=(999, 500, 60))
+    manifest |= {"distilled": True, "plan": json.loads(json.dumps(dataclasses.asdict(made)))}
+    (folder / build.MANIFEST).write_text(json.dumps(manifest))
+    engine = Generator(load(folder))
+    assert engine.plan == made
+
+    def run(**settings):
+        given = {"generator": torch.Generator().manual_seed(0), "output_type": "np"}
+        images = engine.pipeline([1], **given, **settings).images
+        return images, engine.pipeline.scheduler.timesteps.tolist(), engine.pipeline.scheduler.sigmas
+
+    with caplog.at_level("WARNING"):
+        images, timesteps, sigmas = run()
+        assert (timesteps, warnings_in(caplog)) == ([999, 500, 60], [])
+        assert sigmas[-1] == 0
+        assert run(num_inference_steps=3)[1] == [999, 500, 60]
+        assert run(num_inference_steps=2)[1] == [999, 499]
+    assert warnings_in(caplog) == ["made for num_inference_steps=3, called with 2: expect worse pictures"]
+    assert "set_timesteps" not in vars(engine.pipeline.scheduler)
+    drawn = engine.sample([1], seeds=[0], plan=engine.plan_for(SamplingPlan())).images[0]
+    assert abs(drawn - images[0] * 255).max() <= 1
+    other = dataclasses.replace(made, timesteps=(999, 300, 60))  # as asked for, not as the engine has it
+    assert abs(engine.sample([1], seeds=[0], plan=other).images[0] - images[0] * 255).max() > 1
+    assert engine.pipeline.scheduler.timesteps.tolist() == [999, 300, 60]
 
 
 def test_an_engine_that_was_not_distilled_has_no_plan_of_its_own(dit_built, caplog):
