@@ -1,0 +1,236 @@
+"""Narrower layers: attention heads, MLP channels and inner U-Net channels go, and the next layer is refitted.
+
+The choice is global under a latency or parameter budget, as in NViT (Yang et al. 2023) and ZipLM (Kurtic et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from diffpress.config import config
+from diffpress.errors import ConfigError
+from diffpress.generator import Generator
+from diffpress.prune.budget import Option, choose
+from diffpress.prune.importance import Importance, output_error, unit_scores
+from diffpress.prune.repair import repair
+from diffpress.prune.structures import Kind, Structure, find_structures
+from diffpress.stage import Applied, Context
+from diffpress.targets import Target
+
+WIDTHS = 64  # that one structure can choose from under a budget
+JUDGED = 4  # conditions whose denoiser calls say how far the output has moved
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+@config
+class WidthConfig:
+    """How much goes, and how it is chosen; one of keep, latency and parameters."""
+
+    keep: Share | None = None
+    """Share of its width that every structure keeps, alike."""
+    latency: Share | None = None
+    """Share of a denoiser call's time on the engine that is kept; each structure gets the width that costs least."""
+    parameters: Share | None = None
+    """Share of the denoiser's parameters that is kept; each structure gets the width that costs least."""
+    kinds: tuple[Kind, ...] = ("heads", "mlp", "resnet")
+    """What can go: attention heads, hidden channels of MLPs, inner channels of U-Net resnets."""
+    importance: Importance = "hessian"
+    """What a unit is worth: hessian, the squared change of the denoiser's output to first order; taylor, squared
+    gradients of the denoising loss; magnitude, norm of the weights; random."""
+    samples: Annotated[int, Field(ge=1)] = 16
+    """Sampling runs, of the calibration's, that gradients are taken over."""
+    align: Annotated[int, Field(ge=1)] = 16
+    """Widths are multiples of this many channels, or left as they are."""
+    repair: bool = True
+    """Whether the layer that read what is removed is refitted on what is left, by least squares."""
+    ridge: Annotated[float, Field(gt=0)] = 1e-3
+    """Regularization of that fit, as a share of the mean power of an input."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> WidthConfig:
+        given = [name for name in ("keep", "latency", "parameters") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given) or 'no budget'} given; allowed: one of keep, latency, parameters")
+        if not self.kinds:
+            raise ValueError("kinds is empty; allowed: heads, mlp, resnet")
+        return self
+
+
+def widths(structure: Structure, align: int) -> list[int]:
+    """Units that ``structure`` can keep, fewest first: whole multiples of ``align`` channels, and all of them."""
+    step = structure.step(align)
+    step *= math.ceil(structure.units / step / WIDTHS) or 1
+    return [*range(step, structure.units, step), structure.units]
+
+
+def best_units(scores: Tensor, count: int) -> list[int]:
+    """The ``count`` units with the highest scores, in order; of equals the first."""
+    return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())
+
+
+def cost(scores: Tensor, count: int) -> float:
+    """Sum of the scores of all but the ``count`` highest."""
+    return float(scores.sort(descending=True).values[count:].sum())
+
+
+def uniform_counts(structures: Mapping[str, Structure], keep: float, align: int) -> dict[str, int]:
+    """For each structure the allowed width nearest to ``keep`` of its units, of equals the wider one."""
+    return {
+        name: min(reversed(widths(structure, align)), key=lambda count: abs(count - keep * structure.units))
+        for name, structure in structures.items()
+    }
+
+
+def cheapest_counts(
+    structures: Mapping[str, Structure],
+    scores: Mapping[str, Tensor],
+    per_unit: Mapping[str, float],
+    budget: float,
+    *,
+    align: int,
+) -> dict[str, int]:
+    """The widths of least total `cost` whose units weigh at most ``budget``, ``per_unit`` what one of them weighs.
+
+    ConfigError where the narrowest widths weigh more.
+    """
+    allowed = {name: widths(structure, align) for name, structure in structures.items()}
+    items = [
+        [Option(cost(scores[name], count), per_unit[name] * count) for count in counts]
+        for name, counts in allowed.items()
+    ]
+    chosen = choose(items, budget)
+    return {name: counts[index] for (name, counts), index in zip(allowed.items(), chosen, strict=True)}
+
+
+def unit_latencies(structures: Mapping[str, Structure], table: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a denoiser call that one unit of each structure takes: its work is in proportion to the width."""
+    return {
+        name: sum(table.get(part, 0.0) for part in structure.timed) / structure.units
+        for name, structure in structures.items()
+    }
+
+
+class Width:
+    """``prune.width``: leaves a float generator whose layers are narrower than its config says."""
+
+    Config: ClassVar[type] = WidthConfig
+
+    def __init__(self, config: WidthConfig) -> None:
+        self.config = config
+
+    def check(self, generator: Generator, target: Target) -> None:
+        """Raises ConfigError where nothing can go, layers are not plain, or too few parameters should be left."""
+        structures = self._structures(generator.denoiser)
+        if self.config.parameters is not None:
+            self._room(structures, parameters_per_unit(structures), _parameters(generator.denoiser), "parameters")
+
+    def apply(self, generator: Generator, context: Context) -> Applied:
+        """Raises ConfigError for a latency budget that cannot be met, or one without a table of latencies."""
+        settings, network = self.config, generator.denoiser
+        structures = self._structures(network)
+        table = self._table(generator, context)
+        scores = unit_scores(settings.importance, structures, generator, context, samples=settings.samples)
+        counts = self._counts(structures, scores, network, table)
+        kept = {
+            name: best_units(scores[name], count) for name, count in counts.items() if count < structures[name].units
+        }
+        few = min(JUDGED, len(context.conditions))
+        calls = generator.record(context.conditions[:few], seeds=context.seeds[:few], plan=context.plan)
+        before = _parameters(network)
+        if settings.repair and kept:
+            repair(structures, kept, generator, context, ridge=settings.ridge)
+        for name, units in kept.items():
+            structures[name].narrow(units)
+        error, left = output_error(network, calls), _parameters(network) / before
+        metadata: dict[str, Any] = {"kept": kept, "parameters": left, "output_error": error}
+        sentence = f"{_describe(structures, counts)}: {left:.0%} of the parameters"
+        if table is not None:
+            metadata["latency"] = self._predicted(structures, counts, table)
+            sentence += f", {metadata['latency']:.0%} of the time predicted"
+        return Applied(generator, metadata, f"{sentence}; the denoiser's output moved by {error:.1%}")
+
+    def _structures(self, network: nn.Module) -> dict[str, Structure]:
+        structures = find_structures(network, self.config.kinds)
+        if not structures:
+            raise ConfigError(f"{type(network).__name__} has no {' or '.join(self.config.kinds)} that can be narrowed")
+        return structures
+
+    def _table(self, generator: Generator, context: Context) -> Mapping[str, float] | None:
+        """Latencies by submodule, where they are the budget."""
+        if self.config.latency is None:
+            return None
+        if context.latency is None:
+            raise ConfigError(
+                f"latency is {self.config.latency:g}, but there are no timings; allowed: keep, parameters"
+            )
+        return context.latency(generator)
+
+    def _counts(
+        self,
+        structures: Mapping[str, Structure],
+        scores: Mapping[str, Tensor],
+        network: nn.Module,
+        table: Mapping[str, float] | None,
+    ) -> dict[str, int]:
+        """Units that each structure keeps."""
+        align = self.config.align
+        if self.config.keep is not None:
+            return uniform_counts(structures, self.config.keep, align)
+        if table is not None:
+            per_unit, whole, name = unit_latencies(structures, table), table[""], "latency"
+        else:
+            per_unit, whole, name = parameters_per_unit(structures), float(_parameters(network)), "parameters"
+        return cheapest_counts(structures, scores, per_unit, self._room(structures, per_unit, whole, name), align=align)
+
+    def _room(
+        self, structures: Mapping[str, Structure], per_unit: Mapping[str, float], whole: float, name: str
+    ) -> float:
+        """What the structures may weigh so that all is within the budget; ConfigError where that is too little."""
+        share = getattr(self.config, name)
+        fixed = whole - sum(per_unit[key] * structure.units for key, structure in structures.items())
+        least = fixed + sum(per_unit[key] * widths(s, self.config.align)[0] for key, s in structures.items())
+        if least > share * whole:
+            raise ConfigError(
+                f"{name} {share:g} cannot be met by {', '.join(self.config.kinds)} in multiples of "
+                f"{self.config.align}; the closest that can is {math.ceil(least / whole * 1000) / 1000:g}"
+            )
+        return share * whole - fixed
+
+    @staticmethod
+    def _predicted(structures: Mapping[str, Structure], counts: Mapping[str, int], table: Mapping[str, float]) -> float:
+        """Share of a denoiser call's time that is left."""
+        per_unit = unit_latencies(structures, table)
+        gone = sum(per_unit[name] * (structure.units - counts[name]) for name, structure in structures.items())
+        return 1 - gone / table[""]
+
+    @staticmethod
+    def restore(generator: Generator, metadata: dict[str, Any]) -> None:
+        """Narrow the layers to the shapes they had; weights are loaded afterwards."""
+        structures = find_structures(generator.denoiser, ("heads", "mlp", "resnet"))
+        for name, units in metadata["kept"].items():
+            structures[name].narrow(units)
+
+
+def parameters_per_unit(structures: Mapping[str, Structure]) -> dict[str, float]:
+    """Parameters that go with one unit of each structure."""
+    return {name: float(structure.unit_parameters) for name, structure in structures.items()}
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _describe(structures: Mapping[str, Structure], counts: Mapping[str, int]) -> str:
+    """Kept of all channels by kind, as 'heads 75%, mlp 50%'."""
+    parts = []
+    for kind in dict.fromkeys(structure.kind for structure in structures.values()):
+        own = [name for name, structure in structures.items() if structure.kind == kind]
+        kept = sum(counts[name] * structures[name].size for name in own)
+        parts.append(f"{kind} {kept / sum(structures[name].units * structures[name].size for name in own):.0%}")
+    return ", ".join(parts)
