@@ -1,0 +1,269 @@
+"""Depth pruning: remove the blocks whose absence moves the denoiser's output least, under a budget.
+
+What each unit's removal does is measured alone, over the whole schedule and both branches of guidance; the set is
+chosen by dynamic programming over the sum of these effects (LAPTOP-Diff, Zhang et al. 2024). The sum holds less well
+the more is gone, so the rest is measured again after each accepted unit, with what is removed bypassed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import floor, sqrt
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from diffpress.config import config
+from diffpress.errors import ConfigError
+from diffpress.generator import Call, Generator
+from diffpress.progress import Progress
+from diffpress.prune.budget import Option, choose
+from diffpress.prune.recorded import answer, mean_error, record
+from diffpress.prune.units import Granularity, Unit, bypassed, find_units, remove, restore, saved_parameters
+from diffpress.stage import Applied, Context
+from diffpress.targets import Target
+
+Score = Callable[[Sequence[Unit]], dict[str, float]]
+
+
+@config
+class DepthConfig:
+    """How much goes, and how it is chosen. Exactly one of remove, latency and parameters is given."""
+
+    remove: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the removable units that goes, rounded to whole ones."""
+    latency: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the denoiser's latency on the target's engine that may stay, at most."""
+    parameters: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the denoiser's parameters that may stay, at most."""
+    granularity: Granularity = "block"
+    """block: whole blocks and layers; sublayer: attention and MLP of a block each on its own."""
+    criterion: Literal["output", "uniform", "first", "last", "random"] = "output"
+    """output: least effect on the denoiser's output; the others do not look: evenly spaced, the first or the last in
+    the order in which they run, or drawn by ``seed``."""
+    rescore: Annotated[int, Field(ge=1)] | None = 1
+    """Units accepted before the effects of the rest are measured again; null: measured once. For criterion output."""
+    calls: Annotated[int, Field(ge=1)] = 32
+    """Denoiser calls, spread over the calibration runs, on which effects are measured; they are kept in memory."""
+    seed: int = 0
+    """Of criterion random."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> DepthConfig:
+        given = [name for name in ("remove", "latency", "parameters") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"budgets given: {', '.join(given) or 'none'}; allowed: exactly one of remove, latency, parameters"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What of a denoiser may stay, in milliseconds, parameters, or units."""
+
+    weights: dict[str, float]
+    """What goes with each unit, by name."""
+    total: float
+    """All of the denoiser."""
+    kept: float
+    """What may stay, units or not."""
+
+    @property
+    def for_units(self) -> float:
+        """What may stay of the units."""
+        return self.kept - (self.total - sum(self.weights.values()))
+
+    def left(self, removed: Sequence[Unit]) -> float:
+        """What is left without ``removed``."""
+        return self.total - sum(self.weights[unit.name] for unit in removed)
+
+    def check(self, name: str) -> None:
+        """Raise ConfigError where the budget, the config's field ``name``, asks for more than all units but one."""
+        least = min(self.weights.values())
+        if self.for_units < least:
+            closest = (self.total - sum(self.weights.values()) + least) / self.total
+            raise ConfigError(
+                f"prune.depth: {name} {self.kept / self.total:.4g} cannot be met with a unit left; the closest that "
+                f"can is {closest:.4g}"
+            )
+
+
+def budget_of(network: nn.Module, units: Sequence[Unit], settings: DepthConfig) -> Budget:
+    """The budget of ``settings`` in units or parameters. Raises ConfigError where it cannot be met."""
+    if settings.remove is not None:
+        count, gone = len(units), floor(settings.remove * len(units) + 0.5)
+        if gone == count or (gone == 0 and settings.remove > 0):
+            raise ConfigError(
+                f"prune.depth: remove {settings.remove:g} of {count} units is {gone}; allowed: 0, or 1 to {count - 1} "
+                "of them"
+            )
+        return Budget({unit.name: 1.0 for unit in units}, count, count - gone)
+    assert settings.parameters is not None
+    total = sum(parameter.numel() for parameter in network.parameters())
+    weights = {unit.name: float(saved_parameters(network, unit)) for unit in units}
+    budget = Budget(weights, total, settings.parameters * total)
+    budget.check("parameters")
+    return budget
+
+
+def latency_budget(generator: Generator, units: Sequence[Unit], share: float, context: Context) -> Budget:
+    """The budget in milliseconds on the target's engine. Raises ConfigError where it cannot be met or measured."""
+    if context.latency is None:
+        raise ConfigError(
+            f"prune.depth: latency {share:g} needs latencies measured on the engine, and none are there; allowed: "
+            "remove or parameters"
+        )
+    table = context.latency(generator)
+    budget = Budget({unit.name: table.get(unit.name, 0.0) for unit in units}, table[""], share * table[""])
+    budget.check("latency")
+    return budget
+
+
+@torch.no_grad()
+def in_order(network: nn.Module, units: Sequence[Unit], call: Call) -> list[Unit]:
+    """``units`` in the order in which ``call`` runs them; those it does not run are left out."""
+    reached: list[Unit] = []
+    handles = [
+        network.get_submodule(unit.name).register_forward_pre_hook(lambda *_, unit=unit: reached.append(unit))
+        for unit in units
+    ]
+    try:
+        answer(network, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(reached))
+
+
+def effects(
+    network: nn.Module, calls: Sequence[Call], units: Sequence[Unit], removed: Sequence[Unit], progress: Progress
+) -> dict[str, float]:
+    """J(R + i) - J(R) for each of ``units`` i not in ``removed`` R, by name.
+
+    J is the mean squared error of the output relative to the recorded, `mean_error`; J(R) alone where R is empty.
+    """
+    with bypassed(network, removed):
+        before = mean_error(network, calls) if removed else 0.0
+    found = {}
+    with progress.task("Pruning: measuring what each unit does", total=len(units) - len(removed)) as advance:
+        for unit in units:
+            if unit not in removed:
+                with bypassed(network, [*removed, unit]):
+                    found[unit.name] = mean_error(network, calls) - before
+                advance(1)
+    return found
+
+
+def select(score: Score, units: Sequence[Unit], budget: Budget, group: int | None) -> tuple[list[Unit], dict]:
+    """The units to remove, in the order in which they were accepted, and what ``score`` said of all at first.
+
+    The plan with the least sum of effects that meets the budget is made by dynamic programming. Of it the ``group``
+    least effects are accepted, and the rest is scored and planned anew; None: the first plan is accepted whole.
+    """
+    removed: list[Unit] = []
+    solo: dict[str, float] = {}
+    while True:
+        found = score(removed)
+        solo = solo or found
+        rest = [unit for unit in units if unit not in removed]
+        items = [[Option(0.0, budget.weights[u.name]), Option(max(found[u.name], 0.0), 0.0)] for u in rest]
+        chosen = choose(items, budget.for_units)
+        plan = [unit for unit, gone in zip(rest, chosen, strict=True) if gone]
+        accepted = sorted(plan, key=lambda unit: found[unit.name])[:group]
+        removed += accepted
+        if len(accepted) == len(plan):
+            return removed, solo
+
+
+def blind(criterion: str, units: Sequence[Unit], budget: Budget, seed: int) -> list[Unit]:
+    """The fewest units that meet the budget, by their place alone. Raises ConfigError where only all of them do."""
+    count = len(units)
+    shuffled = random.Random(seed).sample(list(units), count)
+    for gone in range(count):
+        removed = {
+            "uniform": [units[(2 * index + 1) * count // (2 * gone)] for index in range(gone)],
+            "first": list(units[:gone]),
+            "last": list(units[count - gone :]),
+            "random": shuffled[:gone],
+        }[criterion]
+        if budget.left(removed) <= budget.kept:
+            return removed
+    raise ConfigError(f"prune.depth: criterion {criterion} meets the budget only without any unit; allowed: output")
+
+
+class Depth:
+    """``prune.depth``: leaves a denoiser of fewer blocks, a plain diffusers model where its class can say so."""
+
+    Config: ClassVar[type] = DepthConfig
+
+    def __init__(self, config: DepthConfig) -> None:
+        self.config = config
+
+    def check(self, generator: Generator, target: Target) -> None:
+        """Raises ConfigError for a denoiser without such units or in 8 bits, and for a budget that cannot be met."""
+        network, name = generator.denoiser, type(generator.denoiser).__name__
+        if any(tensor.dtype in (torch.int8, torch.uint8) for tensor in network.state_dict().values()):
+            raise ConfigError(f"prune.depth: {name} is quantized already; allowed: before quantization")
+        units = find_units(network, self.config.granularity)
+        if self.config.granularity == "sublayer" and not any(unit.branch for unit in units):
+            raise ConfigError(f"prune.depth: {name} has no sublayers that can go alone; allowed: granularity 'block'")
+        if len(units) < 2:
+            raise ConfigError(
+                f"prune.depth: {name} has {len(units)} removable blocks that diffpress knows; allowed: two and more"
+            )
+        if self.config.latency is None:
+            budget_of(network, units, self.config)
+
+    def apply(self, generator: Generator, context: Context) -> Applied:
+        """Raises ConfigError where the budget cannot be met, or latency is the budget and was not measured."""
+        network, settings = generator.denoiser, self.config
+        calls = record(generator, context, settings.calls, "Pruning: recording denoiser calls")
+        units = in_order(network, find_units(network, settings.granularity), calls[0])
+        if settings.latency is None:
+            budget = budget_of(network, units, settings)
+        else:
+            budget = latency_budget(generator, units, settings.latency, context)
+        solo: dict[str, float] = {}
+        if settings.criterion == "output":
+
+            def score(removed: Sequence[Unit]) -> dict[str, float]:
+                return effects(network, calls, units, removed, context.progress)
+
+            removed, solo = select(score, units, budget, settings.rescore)
+        else:
+            removed = blind(settings.criterion, units, budget, settings.seed)
+        with bypassed(network, removed):
+            error = mean_error(network, calls)
+        before = _parameters(network)
+        metadata = remove(network, removed)
+        facts = {
+            "units": [
+                {"name": u.name, "kind": u.kind, "effect": solo.get(u.name), "weight": budget.weights[u.name]}
+                for u in units
+            ],
+            "order": [unit.name for unit in removed],
+            "left": budget.left(removed) / budget.total,
+            "error": error,
+        }
+        return Applied(generator, metadata | facts, self._summary(removed, units, error, _parameters(network) / before))
+
+    def _summary(self, removed: Sequence[Unit], units: Sequence[Unit], error: float, left: float) -> str:
+        what = "blocks and layers" if self.config.granularity == "block" else "sublayers"
+        return (
+            f"{len(removed)} of {len(units)} {what} removed by criterion {self.config.criterion}: {left:.0%} of the "
+            f"parameters left; the output has moved by {sqrt(error):.3f} of its norm"
+        )
+
+    @staticmethod
+    def restore(generator: Generator, metadata: dict[str, Any]) -> None:
+        """Give the denoiser the structure without the removed units."""
+        restore(generator.denoiser, metadata)
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
