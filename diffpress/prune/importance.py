@@ -6,7 +6,7 @@ output moves by the gate's derivative: nothing about the layers around the unit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffpress.denoise import Conditioning, denoise, encode, trajectory
 from diffpress.diffusion import ddim, target
 from diffpress.generator import Call, Generator, argument_names
+from diffpress.prune.recorded import answer
 from diffpress.prune.structures import Structure, gated
 from diffpress.stage import Context
 
@@ -59,7 +60,7 @@ def gate_gradients(objective: Objective, structures: Mapping[str, Structure]) ->
 
 def projected(network: nn.Module, call: Call, random: torch.Generator) -> Tensor:
     """sum(v * f(x)) with v ~ N(0, 1): the square of its gradient is ||df/dg||^2 of the whole output, in expectation."""
-    output = network(**{**call.constants, **call.inputs, "return_dict": False})[0]
+    output = answer(network, call)
     output = output[:, : call.inputs[argument_names(network)[0]].shape[1]]  # without a predicted variance
     return (output * torch.randn(output.shape, generator=random).to(output)).sum()
 
@@ -141,14 +142,3 @@ def weight_norms(structure: Structure) -> Tensor:
         squares = layer.weight.detach().double().cpu().square().movedim(1, 0)
         total += squares.reshape(structure.units, -1).sum(1)
     return total.sqrt()
-
-
-def output_error(network: nn.Module, calls: Sequence[Call]) -> float:
-    """||f(x) - y|| / ||y|| over recorded calls with inputs x and outputs y, in float64."""
-    error = power = 0.0
-    with torch.no_grad():
-        for call in calls:
-            output = network(**{**call.constants, **call.inputs, "return_dict": False})[0]
-            error += float((output.double() - call.output.double()).square().sum())
-            power += float(call.output.double().square().sum())
-    return (error / power) ** 0.5

@@ -16,14 +16,15 @@ from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.prune.budget import Option, choose
-from diffpress.prune.importance import Importance, output_error, unit_scores
+from diffpress.prune.importance import Importance, unit_scores
+from diffpress.prune.recorded import mean_error, record
 from diffpress.prune.repair import repair
 from diffpress.prune.structures import Kind, Structure, find_structures
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
 
 WIDTHS = 64  # that one structure can choose from under a budget
-JUDGED = 4  # conditions whose denoiser calls say how far the output has moved
+JUDGED = 8  # calls that say how far the denoiser's output has moved
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -140,14 +141,13 @@ class Width:
         kept = {
             name: best_units(scores[name], count) for name, count in counts.items() if count < structures[name].units
         }
-        few = min(JUDGED, len(context.conditions))
-        calls = generator.record(context.conditions[:few], seeds=context.seeds[:few], plan=context.plan)
+        calls = record(generator, context, JUDGED, "Pruning: recording")
         before = _parameters(network)
         if settings.repair and kept:
             repair(structures, kept, generator, context, ridge=settings.ridge)
         for name, units in kept.items():
             structures[name].narrow(units)
-        error, left = output_error(network, calls), _parameters(network) / before
+        error, left = mean_error(network, calls) ** 0.5, _parameters(network) / before
         metadata: dict[str, Any] = {"kept": kept, "parameters": left, "output_error": error}
         sentence = f"{_describe(structures, counts)}: {left:.0%} of the parameters"
         if table is not None:
