@@ -22,6 +22,7 @@ from diffpress.errors import ConfigError
 from diffpress.generator import Call, Generator
 from diffpress.progress import Progress
 from diffpress.prune.budget import Option, choose
+from diffpress.prune.gates import GateSettings, learn_gates
 from diffpress.prune.recorded import answer, mean_error, record
 from diffpress.prune.units import Granularity, Unit, bypassed, find_units, remove, restore, saved_parameters
 from diffpress.stage import Applied, Context
@@ -42,13 +43,15 @@ class DepthConfig:
     """Share of the denoiser's parameters that may stay, at most."""
     granularity: Granularity = "block"
     """block: whole blocks and layers; sublayer: attention and MLP of a block each on its own."""
-    criterion: Literal["output", "uniform", "first", "last", "random"] = "output"
-    """output: least effect on the denoiser's output; the others do not look: evenly spaced, the first or the last in
-    the order in which they run, or drawn by ``seed``."""
+    criterion: Literal["output", "gates", "uniform", "first", "last", "random"] = "output"
+    """output: least effect on the denoiser's output; gates: learned together with a simulated recovery. The others do
+    not look: evenly spaced, the first or the last in the order in which they run, or drawn by ``seed``."""
     rescore: Annotated[int, Field(ge=1)] | None = 1
     """Units accepted before the effects of the rest are measured again; null: measured once. For criterion output."""
     calls: Annotated[int, Field(ge=1)] = 32
     """Denoiser calls, spread over the calibration runs, on which effects are measured; they are kept in memory."""
+    gates: GateSettings = GateSettings()
+    """For criterion gates."""
     seed: int = 0
     """Of criterion random."""
 
@@ -59,6 +62,8 @@ class DepthConfig:
             raise ValueError(
                 f"budgets given: {', '.join(given) or 'none'}; allowed: exactly one of remove, latency, parameters"
             )
+        if self.criterion == "gates" and self.remove is None:
+            raise ValueError(f"criterion gates does not go with a budget of {given[0]}; allowed: remove")
         return self
 
 
@@ -228,22 +233,14 @@ class Depth:
             budget = budget_of(network, units, settings)
         else:
             budget = latency_budget(generator, units, settings.latency, context)
-        solo: dict[str, float] = {}
-        if settings.criterion == "output":
-
-            def score(removed: Sequence[Unit]) -> dict[str, float]:
-                return effects(network, calls, units, removed, context.progress)
-
-            removed, solo = select(score, units, budget, settings.rescore)
-        else:
-            removed = blind(settings.criterion, units, budget, settings.seed)
+        removed, scores = self._choose(network, calls, units, budget, context)
         with bypassed(network, removed):
             error = mean_error(network, calls)
         before = _parameters(network)
         metadata = remove(network, removed)
         facts = {
             "units": [
-                {"name": u.name, "kind": u.kind, "effect": solo.get(u.name), "weight": budget.weights[u.name]}
+                {"name": u.name, "kind": u.kind, "score": scores.get(u.name), "weight": budget.weights[u.name]}
                 for u in units
             ],
             "order": [unit.name for unit in removed],
@@ -251,6 +248,22 @@ class Depth:
             "error": error,
         }
         return Applied(generator, metadata | facts, self._summary(removed, units, error, _parameters(network) / before))
+
+    def _choose(
+        self, network: nn.Module, calls: Sequence[Call], units: Sequence[Unit], budget: Budget, context: Context
+    ) -> tuple[list[Unit], dict[str, float]]:
+        """(units to remove, what each was found to do, or how probable its gate stays open)."""
+        settings = self.config
+        if settings.criterion == "output":
+
+            def score(removed: Sequence[Unit]) -> dict[str, float]:
+                return effects(network, calls, units, removed, context.progress)
+
+            return select(score, units, budget, settings.rescore)
+        if settings.criterion == "gates":
+            gone = round(budget.total - budget.kept)
+            return learn_gates(network, calls, units, gone, settings.gates, context)
+        return blind(settings.criterion, units, budget, settings.seed), {}
 
     def _summary(self, removed: Sequence[Unit], units: Sequence[Unit], error: float, left: float) -> str:
         what = "blocks and layers" if self.config.granularity == "block" else "sublayers"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffpress.generator import Call, Generator, argument_names
+from diffpress.generator import Call, Generator
 from diffpress.stage import Context
 
 _GOLDEN = (sqrt(5) - 1) / 2
@@ -41,17 +42,28 @@ def record(generator: Generator, context: Context, count: int, label: str) -> li
     return [kept[index] for index in sorted(kept)]
 
 
+def moved(call: Call, device: torch.device | str) -> Call:
+    """``call`` on another device."""
+    inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device), call.inputs)
+    return dataclasses.replace(call, inputs=inputs, output=call.output.to(device))
+
+
+def arguments(call: Call) -> dict[str, Any]:
+    """What the denoiser is called with to answer ``call`` by a tuple."""
+    return {**call.constants, **call.inputs, "return_dict": False}
+
+
 def answer(network: nn.Module, call: Call) -> Tensor:
     """The network's output for the inputs of ``call``."""
-    return network(**{**call.constants, **call.inputs, "return_dict": False})[0]
+    return network(**arguments(call))[0]
 
 
-def relative_error(found: Tensor, call: Call, network: nn.Module) -> Tensor:
-    """||f - g||^2 / ||g||^2 of each row, float32 [n]: f the output ``found`` of ``network``, g that of the recorded.
+def relative_error(found: Tensor, call: Call) -> Tensor:
+    """||f - g||^2 / ||g||^2 of each row, float32 [n]: f is ``found``, g the recorded output, both [n, c, ...].
 
     Channels beyond those of x_t, in which some networks predict a variance, do not count.
     """
-    channels = call.inputs[argument_names(network)[0]].shape[1]
+    channels = next(iter(call.inputs.values())).shape[1]
     exact = call.output[:, :channels].float().flatten(1)
     error = found[:, :channels].float().flatten(1) - exact
     return error.square().sum(1) / exact.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -60,4 +72,4 @@ def relative_error(found: Tensor, call: Call, network: nn.Module) -> Tensor:
 @torch.no_grad()
 def mean_error(network: nn.Module, calls: Sequence[Call]) -> float:
     """Mean over all rows of all ``calls`` of `relative_error`."""
-    return float(torch.cat([relative_error(answer(network, call), call, network) for call in calls]).mean())
+    return float(torch.cat([relative_error(answer(network, call), call) for call in calls]).mean())

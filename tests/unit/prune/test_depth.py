@@ -109,7 +109,7 @@ def test_planted_importances_are_found_in_their_order(deep, context):
     factors = [0.3, 0.02, 0.6, 0.1, 1.0, 0.005]
     scale_gates(deep.denoiser, factors)
     metadata = prune(deep, context(deep), remove=0.5, rescore=None).metadata
-    found = {unit["name"]: unit["effect"] for unit in metadata["units"]}
+    found = {unit["name"]: unit["score"] for unit in metadata["units"]}
     assert sorted(found, key=found.__getitem__) == blocks(5, 1, 3, 0, 2, 4)
     assert metadata["order"] == blocks(5, 1, 3)
     assert metadata["removed"] == blocks(1, 3, 5)
@@ -224,7 +224,7 @@ def test_criteria_remove_different_blocks_and_ours_moves_the_output_least(deep, 
         generator = Generator(DiTPipeline(copy.deepcopy(deep.denoiser), deep.pipeline.vae, make_scheduler()))
         applied = prune(generator, given, remove=1 / 3, criterion=criterion)
         assert len(applied.metadata["removed"]) == 2
-        assert applied.metadata["units"][0]["effect"] is None or criterion == "output"
+        assert applied.metadata["units"][0]["score"] is None or criterion == "output"
         errors[criterion] = applied.metadata["error"]
     assert errors["output"] < 0.5 * min(errors[name] for name in errors if name != "output")
 
@@ -306,6 +306,7 @@ def test_pruned_denoiser_exports(request, family, context, tmp_path):
     [
         ({}, "budgets given: none; allowed: exactly one"),
         ({"remove": 0.5, "latency": 0.5}, "budgets given: remove, latency"),
+        ({"parameters": 0.5, "criterion": "gates"}, "criterion gates does not go with a budget of parameters"),
         ({"remove": 1.0}, "less than 1"),
         ({"remove": 0.5, "criterion": "magnitude"}, "'output', 'uniform'"),
         ({"remove": 0.5, "granularity": "head"}, "'block' or 'sublayer'"),
