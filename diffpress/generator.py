@@ -174,13 +174,17 @@ class Generator:
 
     def use_scheduler(self, name: str | None) -> None:
         """Replace the scheduler by the diffusers class ``name``, from the same config; None keeps it."""
+        self.pipeline.scheduler = self.scheduler_of(name)
+
+    def scheduler_of(self, name: str | None) -> Any:
+        """A scheduler of the diffusers class ``name`` from the config of the generator's own; None: its own."""
         if name is None or type(self.pipeline.scheduler).__name__ == name:
-            return
+            return self.pipeline.scheduler
         found = getattr(diffusers, name, None)
         if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
             known = ", ".join(type_.__name__ for type_ in self.pipeline.scheduler.compatibles)
             raise ConfigError(f"scheduler {name!r} is not in diffusers; this generator can use {known}")
-        self.pipeline.scheduler = switch_scheduler(self.pipeline.scheduler, found)
+        return switch_scheduler(self.pipeline.scheduler, found)
 
     def plan_for(self, plan: SamplingPlan) -> SamplingPlan:
         """``plan`` with the steps, guidance, scheduler and timesteps that this generator was made for, if it was."""
@@ -241,7 +245,7 @@ class Generator:
     def draw(self, conditions: Sequence[Any], *, seeds: Sequence[int], plan: SamplingPlan) -> Any:
         """What the pipeline itself returns for one batch, its noise from the seeds."""
         self.use_scheduler(plan.scheduler)
-        with on_grid(self.pipeline.scheduler, plan.timesteps):
+        with on_grid(self.pipeline.scheduler, plan.grid):
             return self.pipeline(**self._call_arguments(conditions, seeds, plan))
 
     def sample(

@@ -7,7 +7,6 @@ import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -43,23 +42,20 @@ class SamplingPlan:
     scheduler: str | None = None
     """Name of a diffusers scheduler class; None is the generator's own."""
     timesteps: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    """Timestep of each step in the unit of the training grid, noisiest first; None is the scheduler's own spacing."""
+    """Timestep of each step in the unit of the training grid, noisiest first; None, and wherever ``steps`` is not as
+    many, is the scheduler's own spacing."""
 
     @model_validator(mode="after")
-    def _one_timestep_for_each_step(self) -> SamplingPlan:
-        grid = self.timesteps
-        if grid is not None and len(grid) != self.steps:
-            raise ValueError(f"timesteps are {len(grid)}, but steps is {self.steps}; allowed: one for each step")
-        if grid is not None and any(late >= early for early, late in itertools.pairwise(grid)):
+    def _noisiest_first(self) -> SamplingPlan:
+        grid = self.timesteps or ()
+        if any(late >= early for early, late in itertools.pairwise(grid)):
             raise ValueError(f"timesteps {list(grid)} do not decrease strictly; allowed: the noisiest first")
         return self
 
-    def changed(self, *, steps: int | None = None, guidance_scale: float | None = None) -> SamplingPlan:
-        """The plan with what is not None; other steps are in the scheduler's own spacing."""
-        steps = self.steps if steps is None else steps
-        strength = self.guidance_scale if guidance_scale is None else guidance_scale
-        timesteps = self.timesteps if steps == self.steps else None
-        return replace(self, steps=steps, guidance_scale=strength, timesteps=timesteps)
+    @property
+    def grid(self) -> tuple[float, ...] | None:
+        """The timesteps that these many steps go through; None: the scheduler's own spacing."""
+        return self.timesteps if len(self.timesteps or ()) == self.steps else None
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
             if given.get(name, value) != value:
                 logger.warning("made for %s=%g, called with %g: expect worse pictures", name, value, given[name])
         own = given.get("num_inference_steps", plan.steps) != plan.steps or given.keys() & {"timesteps", "sigmas"}
-        with on_grid(self.scheduler, None if own else plan.timesteps):
+        with on_grid(self.scheduler, None if own else plan.grid):
             return kind.__call__(
                 self, *args, **{name: value for name, value in known.items() if name not in given}, **kwargs
             )

@@ -1,0 +1,146 @@
+"""Grids: spacings, the weights and the bound against quadrature, brute force and closed form, and the search."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.integrate import quad
+from scipy.interpolate import lagrange
+from tiny import make_scheduler
+
+from diffpress.prune.grids import bound, distinct, evolve, least_bound, solver_weights, spacings
+
+CUMULATIVE = make_scheduler().alphas_cumprod.double().numpy()
+LAMBDAS = np.log(CUMULATIVE / (1 - CUMULATIVE)) / 2  # [1000], least noise first
+NODES = np.array([-4.0, -1.5, -0.5, 0.7, 2.5, 4.0])
+
+
+def ordered(grid, count):
+    return list(grid) == sorted(set(grid), reverse=True) and grid[-1] >= 0 and grid[0] < count
+
+
+def test_the_nearest_distinct_integers():
+    assert distinct(np.array([9.2, 6.7, 0.1]), 10) == (9, 7, 0)
+    assert distinct(np.array([9.0, 8.9, 8.8]), 10) == (9, 8, 7)
+    assert distinct(np.array([0.3, 0.2, 0.1]), 10) == (2, 1, 0)
+    assert distinct(np.array([99.0, 5.0, -7.0]), 10) == (9, 5, 0)
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        assert ordered(distinct(random.normal(5, 8, size=10), 10), 10)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 8, 64])
+def test_spacings_are_even_in_what_they_are_called_after(steps):
+    found = spacings(LAMBDAS, steps)
+    assert all(grid[0] == 999 and len(grid) == steps and ordered(grid, 1000) for grid in found.values())
+    if steps > 8:
+        return  # near level 0 a level is more than a step
+    share = 1 - np.arange(steps) / steps
+    np.testing.assert_allclose(found["time"], 999 * share, atol=0.51)
+    np.testing.assert_allclose(found["quadratic"], 999 * share**2, atol=0.51)
+    for name, measure in (("log_snr", lambda x: x), ("karras", lambda x: np.exp(-x) ** (1 / 7))):
+        reached = measure(np.append(LAMBDAS[list(found[name])], LAMBDAS[0]))
+        gaps = np.diff(reached) / (reached[-1] - reached[0])
+        np.testing.assert_allclose(gaps, 1 / steps, rtol=0.1)
+        others = np.diff(measure(np.append(LAMBDAS[list(found["time"])], LAMBDAS[0])))
+        assert np.ptp(others) > 0.2 * np.abs(others).mean()
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_weights_are_the_integrals_of_lagrange_polynomials(order):
+    weights = solver_weights(NODES, order)
+    expected = np.zeros_like(weights)
+    for step in range(5):
+        used = list(range(max(0, step + 1 - min(order, 5 - step)), step + 1))
+        for node in used:
+            basis = lagrange(NODES[used], [float(node == each) for each in used])
+            expected[step, node] = quad(lambda x, f=basis: np.exp(x) * f(x), NODES[step], NODES[step + 1])[0]
+    np.testing.assert_allclose(weights, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(weights.sum(), np.exp(NODES[-1]) - np.exp(NODES[0]))  # a constant is integrated exactly
+    if order > 1:
+        assert not np.allclose(weights, solver_weights(NODES, order - 1))
+
+
+def test_the_bound_written_out():
+    lambdas = NODES[:3]
+    first, second = np.exp(lambdas[1]) - np.exp(lambdas[0]), np.exp(lambdas[2]) - np.exp(lambdas[1])
+    alphas = 1 / np.sqrt(1 + np.exp(-2 * lambdas))
+    errors = (1 - alphas**2) / alphas
+    expected = (first * errors[0] + second * errors[1]) * np.exp(-lambdas[2])
+    assert bound(lambdas, order=1, path="vp", power=2.0) == pytest.approx(expected, rel=1e-12)
+    sigmas = 1 / (1 + np.exp(lambdas))
+    expected = (first * sigmas[0] / (1 - sigmas[0]) + second * sigmas[1] / (1 - sigmas[1])) * np.exp(-lambdas[2])
+    assert bound(lambdas, order=1, path="flow", power=1.0) == pytest.approx(expected, rel=1e-12)
+
+
+def begun(steps, name="time"):
+    return np.append(LAMBDAS[list(spacings(LAMBDAS, steps)[name])], LAMBDAS[0])
+
+
+def test_for_pixels_and_order_one_even_log_snr_is_best():
+    """With e = sigma / alpha a step adds e^h - 1, which is convex in h; with sigma^2 / alpha it is not so."""
+    found = least_bound(begun(6), order=1, path="vp", power=1.0)
+    np.testing.assert_allclose(np.diff(found), np.diff(found).mean(), rtol=0.02)
+    latent = least_bound(begun(6), order=1, path="vp", power=2.0)
+    assert np.ptp(np.diff(latent)) > 0.2
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_the_least_bound_is_that_of_brute_force(order, power):
+    settings = {"order": order, "path": "vp", "power": power}
+    start = begun(4)
+    found = least_bound(start, **settings)
+    between = np.linspace(start[0], start[-1], 24)[1:-1]
+    forced = min(
+        bound(np.array([start[0], *inner, start[-1]]), **settings) for inner in itertools.combinations(between, 3)
+    )
+    assert bound(found, **settings) < 1.005 * forced < 0.9 * bound(start, **settings)
+    assert (found[0], found[-1]) == (start[0], start[-1])
+    assert (np.diff(found) > 0).all()
+
+
+def rugged(grid):
+    """A fitness with one best grid, (39, 17, 4), and other dips."""
+    return (grid[1] - 17) ** 2 + 3 * (grid[2] - 4) ** 2 + 5 * ((grid[1] * grid[2]) % 4)
+
+
+STARTS = [(39, 26, 13), (39, 20, 10), (39, 26, 13)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_finds_the_best_grid_and_never_loses_it(seed):
+    seen = []
+
+    def fitness(grid):
+        seen.append(grid)
+        return float(rugged(grid))
+
+    found = evolve(fitness, STARTS, count=40, evaluations=150, population=5, seed=seed)
+    forced = min(((39, *inner) for inner in itertools.combinations(range(38, -1, -1), 2)), key=rugged)
+    assert found.grid == forced == (39, 17, 4)
+    assert found.fitness == rugged(forced)
+    assert len(seen) == len(set(seen)) == len(found.curve) <= 150
+    assert seen[:2] == STARTS[:2]
+    assert all(ordered(grid, 40) and grid[0] == 39 for grid in seen)
+    assert list(found.curve) == sorted(found.curve, reverse=True) == list(np.minimum.accumulate([*map(rugged, seen)]))
+    assert found.curve[-1] < found.curve[1]
+
+
+def test_the_search_is_that_of_its_seed():
+    runs = [evolve(rugged, STARTS, count=40, evaluations=30, population=5, seed=seed) for seed in (7, 7, 8)]
+    assert runs[0] == runs[1]
+    assert runs[0].curve != runs[2].curve
+
+
+def test_the_search_survives_what_is_not_finite_and_ends_where_all_is_known():
+    found = evolve(
+        lambda grid: float("nan") if grid[1] > 1 else float(grid[1]),
+        [(4, 3)],
+        count=5,
+        evaluations=50,
+        population=5,
+        seed=0,
+    )
+    assert found.curve[0] == np.inf
+    assert (found.grid, found.fitness, len(found.curve)) == ((4, 0), 0.0, 4)
