@@ -2,6 +2,7 @@
 
 from diffpress.distill.consistency import Consistency
 from diffpress.distill.guidance import Guidance
+from diffpress.distill.recover import Recover
 from diffpress.distill.reflow import Reflow
 from diffpress.quantize.int8 import Int8
 from diffpress.quantize.reparam import Reparam
@@ -13,6 +14,7 @@ METHODS: dict[str, type[Stage]] = {
     "distill.consistency": Consistency,
     "distill.guidance": Guidance,
     "distill.reflow": Reflow,
+    "prune.recover": Recover,
     "quantize.int8": Int8,
     "quantize.reparam": Reparam,
     "quantize.smooth": Smooth,

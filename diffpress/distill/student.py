@@ -13,9 +13,10 @@ import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from diffpress.denoise import Conditioning, denoise, encode, trajectory
-from diffpress.diffusion import Level, Schedule, flow_time, guide, level, rescale, straightness
+from diffpress.denoise import Conditioning, denoise, encode, first_inputs, trajectory
+from diffpress.diffusion import Level, Schedule, ddim, flow_time, guide, level, rescale, straightness
 from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, as_told, edges_of
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, switch_scheduler
@@ -94,12 +95,32 @@ class Conditions:
     """None where the generator has no unconditional branch."""
 
     @classmethod
-    def of(cls, generator: Generator, pairs: Pairs, plan: SamplingPlan) -> Conditions:
-        """Those of ``pairs``; ``plan`` says the size."""
+    def of(cls, generator: Generator, pairs: Pairs, plan: SamplingPlan, *, told: bool = False) -> Conditions:
+        """Those of ``pairs``; ``plan`` says the size and, if ``told``, the scale that a network with an input for its
+        guidance is told, which is 1 otherwise.
+        """
         place = {condition: index for index, condition in enumerate(dict.fromkeys(pairs.conditions))}
         conditional, unconditional = encode(generator, list(place), dataclasses.replace(plan, scheduler=None))
+        if told and unconditional is None:
+            inputs = first_inputs(generator, list(place), dataclasses.replace(plan, scheduler=None))
+            tensors = {name: inputs[name] for name in conditional.tensors}
+            conditional = dataclasses.replace(conditional, tensors=tensors)
         index = torch.tensor([place[condition] for condition in pairs.conditions])
         return cls(list(place), index, conditional, unconditional)
+
+    def mixed(self, rows: Tensor, free: Tensor) -> Conditioning:
+        """Of records ``rows`` [n], the unconditional branch where ``free`` [n] is true, if there is one."""
+        given = self.conditional.rows(self.index[rows])
+        if self.unconditional is None:
+            return given
+
+        def pick(conditional: Any, unconditional: Any) -> Any:
+            if not isinstance(conditional, Tensor) or conditional.dim() == 0 or len(conditional) != len(rows):
+                return conditional  # shared by all
+            return torch.where(free.view(-1, *[1] * (conditional.dim() - 1)), unconditional, conditional)
+
+        other = self.unconditional.rows(self.index[rows])
+        return dataclasses.replace(given, tensors=pytree.tree_map(pick, given.tensors, other.tensors))
 
 
 def schedule_of(generator: Generator, pairs: Pairs) -> Schedule:
@@ -107,6 +128,16 @@ def schedule_of(generator: Generator, pairs: Pairs) -> Schedule:
     first = pairs.edges[0].timestep
     assert first is not None
     return as_told(generator.schedule, first)
+
+
+def noised(schedule: Schedule, samples: Tensor, noise: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha x_0 + sigma eps, what the network is told) at levels ``place`` [n] of the training grid.
+
+    ``samples`` and ``noise`` are [n, c, ...] on one device, where the result is.
+    """
+    shape, tables = (-1, *[1] * (noise.dim() - 1)), (schedule.alphas, schedule.sigmas, schedule.timesteps)
+    alpha, sigma, told = (table[place].float().to(noise.device) for table in tables)
+    return ddim(samples, noise, alpha=alpha.view(shape), sigma=sigma.view(shape)), told
 
 
 def check_teacher(generator: Generator, settings: PairSettings) -> None:
