@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import diffusers
 import numpy as np
@@ -27,6 +27,9 @@ from diffpress.diffusion import Schedule, read_schedule
 from diffpress.errors import CheckpointError, ConfigError
 from diffpress.progress import SILENT, Progress
 from diffpress.sampling import SamplingPlan, on_grid, patched, switch_scheduler
+
+if TYPE_CHECKING:
+    from diffpress.caching import CachePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,8 @@ class Generator:
         self.denoiser_name = names[0]
         self.plan: SamplingPlan | None = getattr(pipeline, "sampling_plan", None)
         """How a generator that was made for it (a student, a searched schedule) is sampled; None: in any way."""
+        self.cache: CachePolicy | None = None
+        """How its engine reuses features from step to step; torch does so only inside `caching.cached`."""
         self._arguments = inspect.signature(type(pipeline).__call__).parameters
         self.conditioning_kind  # noqa: B018 - an unknown family is refused here
         pipeline.set_progress_bar_config(disable=True)

@@ -14,16 +14,10 @@ from torch import nn
 
 from diffpress.errors import ConfigError, MissingDependencyError
 from diffpress.export.components import Component, Flat, find_components, flatten_inputs, plain_attention
+from diffpress.export.cut import export_pieces
 from diffpress.export.graph import export_graph
-from diffpress.export.parity import (
-    FLOAT_TOLERANCE,
-    ROUNDED_TOLERANCE,
-    Parity,
-    check_compute,
-    check_precision,
-    compare,
-    compare_resized,
-)
+from diffpress.export.parity import Parity, check_compute, check_precision, compare, compare_resized, tolerance_of
+from diffpress.export.replay import prove_cache
 from diffpress.export.session import missing_providers, open_session, runs_on_cpu
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan, argument_names
@@ -49,10 +43,15 @@ class Built:
 def check_export(generator: Generator, settings: ExportConfig) -> None:
     """Refuse before any work what cannot be built.
 
-    Raises ConfigError for a free size where the generator has one and for a provider that is not on this machine,
-    MissingDependencyError for a run-time that is not installed.
+    Raises ConfigError for a free size where the generator has one, for a feature cache that the denoiser or the target
+    cannot have, and for a provider that is not on this machine, MissingDependencyError for a run-time that is not
+    installed.
     """
     find_target(settings.target)
+    if generator.cache is not None:
+        generator.cache.cut.check(generator.denoiser)
+        if settings.target == "tensorrt" and settings.size == "dynamic":
+            raise ConfigError("export: size 'dynamic' with a feature cache on target tensorrt; allowed: static")
     if settings.size == "dynamic" and not generator.can_resize:
         raise ConfigError(
             f"export: size 'dynamic', but {type(generator.pipeline).__name__} has a fixed size; allowed: static"
@@ -101,6 +100,7 @@ def export(
             results.append(_prove(generator, part, folder, settings, calls))
             advance(1)
     denoiser = next(result for part, result in zip(parts, results, strict=True) if part.role == "denoiser")
+    cached = () if generator.cache is None else (prove_cache(generator, folder, settings, conditions, plan),)
     floats = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in generator.denoiser.modules())
     return Built(
         folder,
@@ -108,7 +108,7 @@ def export(
         quantized_layers(generator.denoiser),
         denoiser[2],
         floats,
-        tuple(result[0] for result in results),
+        (*(result[0] for result in results), *cached),
     )
 
 
@@ -119,38 +119,49 @@ def quantized_layers(module: nn.Module) -> int:
     )
 
 
-def has_codes(module: nn.Module) -> bool:
-    """Whether some of its weights are integers."""
-    return any(buffer.dtype in (torch.int8, torch.uint8) for buffer in module.buffers())
-
-
 def _export_part(generator: Generator, part: Component, folder: Path, settings: ExportConfig) -> None:
     module = getattr(generator.pipeline, part.attribute)
     path = folder / part.folder / "model.onnx"
-    with plain_attention(module):
-        export_graph(
-            Flat(module, part).eval(),
-            part.flat_inputs(),
-            list(part.outputs),
-            path,
-            free=part.free,
-            opset=settings.opset,
-            for_onnxruntime_cpu=settings.target == "onnxruntime" and runs_on_cpu(settings.providers),
+    on_cpu = settings.target == "onnxruntime" and runs_on_cpu(settings.providers)
+    inputs = part.flat_inputs()
+    if part.role == "denoiser" and generator.cache is not None:
+        files = export_pieces(
+            module, part, generator.cache, path.parent, opset=settings.opset, for_onnxruntime_cpu=on_cpu
         )
+    else:
+        files = {path: {name: tuple(tensor.shape) for name, tensor in inputs.items()}}
+        with plain_attention(module):
+            export_graph(
+                Flat(module, part).eval(),
+                inputs,
+                list(part.outputs),
+                path,
+                free=part.free,
+                opset=settings.opset,
+                for_onnxruntime_cpu=on_cpu,
+            )
     known = module.config if isinstance(module.config, dict) else module.config.to_dict()
     known = {name: value for name, value in known.items() if name != "_name_or_path"}  # where the checkpoint lay
     (path.parent / "config.json").write_text(json.dumps(known, indent=2, sort_keys=True, default=str) + "\n")
     if settings.target == "tensorrt":
-        from diffpress.export import tensorrt
+        for file, shapes in files.items():
+            _build_tensorrt(file, shapes, part, folder, settings)
 
-        shapes = {name: _profile(tuple(tensor.shape), part.free[name]) for name, tensor in part.flat_inputs().items()}
-        tensorrt.build(
-            path,
-            path.with_suffix(".engine"),
-            profiles=shapes,
-            timing_cache=folder.parent / "tensorrt.timing",
-            version_compatible=settings.version_compatible,
-        )
+
+def _build_tensorrt(
+    file: Path, shapes: dict[str, tuple[int, ...]], part: Component, folder: Path, settings: ExportConfig
+) -> None:
+    """The engine of one graph beside it; of what was kept between steps the first axis is the batch."""
+    from diffpress.export import tensorrt
+
+    kept = {0: "batch"} if settings.batch == "dynamic" else {}
+    tensorrt.build(
+        file,
+        file.with_suffix(".engine"),
+        profiles={name: _profile(shape, part.free.get(name, kept)) for name, shape in shapes.items()},
+        timing_cache=folder.parent / "tensorrt.timing",
+        version_compatible=settings.version_compatible,
+    )
 
 
 def _profile(shape: tuple[int, ...], free: dict[int, str]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -181,6 +192,7 @@ def _write_pipeline(
         "parts": [{"role": part.role, "folder": part.folder, "attribute": part.attribute} for part in parts],
         "plan": dataclasses.asdict(plan),
         "distilled": generator.plan is not None,
+        "cache": None if generator.cache is None else dataclasses.asdict(generator.cache),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
@@ -210,8 +222,8 @@ def _prove(
     check_compute(part.folder, session, settings.compute)
     wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
     pairs = [(part.flat_inputs(), part.outputs), *(calls if part.role == "denoiser" else [])]
-    exact = settings.compute == "float32" and not has_codes(getattr(generator.pipeline, part.attribute))
-    parity = compare(part.folder, session, pairs, tolerance=FLOAT_TOLERANCE if exact else ROUNDED_TOLERANCE)
+    tolerance = tolerance_of(getattr(generator.pipeline, part.attribute), settings.compute)
+    parity = compare(part.folder, session, pairs, tolerance=tolerance)
     if part.resized is not None:
         parity = compare_resized(session, parity, part.resized)
     found = check_precision(part.folder, session, wanted) if wanted else 0

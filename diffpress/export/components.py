@@ -234,9 +234,11 @@ def plain_attention(module: nn.Module) -> Iterator[None]:
 class Flat(nn.Module):
     """A component as a function of flat tensors to a tuple of tensors: what the exporter traces."""
 
-    def __init__(self, module: nn.Module, component: Component) -> None:
+    def __init__(self, module: nn.Module, component: Component, caught: dict[str, Tensor] | None = None) -> None:
+        """``caught`` is filled by hooks while the module runs; what is in it afterwards becomes outputs too."""
         super().__init__()
         self.module = module
+        self.caught = {} if caught is None else caught
         self.role, self.constants = component.role, {**component.constants, "return_dict": True}
         self.call: Callable[..., Any] = getattr(module, component.method)
         leaves, self.tree = pytree.tree_flatten(component.inputs)
@@ -262,4 +264,4 @@ class Flat(nn.Module):
             output = self.call(next(iter(arguments.values())), **self.constants)
         else:
             output = self.call(**arguments, **self.constants)
-        return tuple(flatten_outputs(self.role, output).values())
+        return *flatten_outputs(self.role, output).values(), *self.caught.values()

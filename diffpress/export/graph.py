@@ -58,10 +58,13 @@ def export_graph(
     drop_void_squeezes(model)
     clean(model)
     _name_axes(model, free)
-    large = (
-        sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-        > EXTERNAL_FROM
-    )
+    save_graph(model, path)
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write ``path``, and ``path``.data when the weights are large."""
+    weights = (value.const_value for value in model.graph.initializers.values())
+    large = sum(weight.nbytes for weight in weights if weight is not None) > EXTERNAL_FROM
     path.parent.mkdir(parents=True, exist_ok=True)
     ir.save(model, path, external_data=f"{path.name}.data" if large else None)
 

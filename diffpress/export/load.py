@@ -13,9 +13,11 @@ from typing import Any
 
 import diffusers
 
+from diffpress.caching import CachePolicy, read_policy
 from diffpress.errors import ArtifactError
 from diffpress.export.build import MANIFEST
-from diffpress.export.modules import EngineAutoencoder, EngineDenoiser, EngineTextEncoder
+from diffpress.export.cut import PIECES, WHOLE, piece_path
+from diffpress.export.modules import CachedEngineDenoiser, EngineAutoencoder, EngineDenoiser, EngineTextEncoder
 from diffpress.export.session import open_session
 from diffpress.generator import quiet_loading
 from diffpress.sampling import SamplingPlan, on_grid
@@ -38,16 +40,21 @@ def load(
     manifest, index = _read(root / MANIFEST), _read(root / "model_index.json")
     providers = providers or manifest["export"]["providers"]
     parts: dict[str, Any] = {}
+    policy = _policy(manifest)
     for part in manifest["parts"]:
-        session = open_session(
-            _there(root / part["folder"] / "model.onnx"),
-            target=manifest["target"],
-            providers=providers,
-            compute=manifest["export"].get("compute", "float32"),
-            trusted=trusted,
-        )
-        parts[part["folder"]] = session, _read(root / part["folder"] / "config.json"), part
-    components = _engines(parts, manifest)
+        pieces = (WHOLE,) if policy is None or part["role"] != "denoiser" else PIECES[policy.kind]
+        sessions = {
+            piece: open_session(
+                _there(piece_path(root / part["folder"], piece)),
+                target=manifest["target"],
+                providers=providers,
+                compute=manifest["export"].get("compute", "float32"),
+                trusted=trusted,
+            )
+            for piece in pieces
+        }
+        parts[part["folder"]] = sessions, _read(root / part["folder"] / "config.json"), part
+    components = _engines(parts, manifest, policy)
     for name, value in index.items():
         if isinstance(value, list) and name not in components and value[0] is not None:
             components[name] = _stock(root / name, *value)
@@ -58,7 +65,7 @@ def load(
     absent = {name: None for name, value in index.items() if isinstance(value, list) and name not in components}
     with quiet_loading():
         pipeline = pipeline_class(**absent, **arguments)
-    pipeline.providers = {name: session.provider for name, (session, _, _) in parts.items()}
+    pipeline.providers = {name: next(iter(sessions.values())).provider for name, (sessions, _, _) in parts.items()}
     for name, provider in pipeline.providers.items():
         logger.info("%s runs on %s", name, provider)
     if manifest.get("distilled"):
@@ -91,16 +98,28 @@ def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
     pipeline.sampling_plan = plan
 
 
-def _engines(parts: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+def _policy(manifest: dict[str, Any]) -> CachePolicy | None:
+    """How the denoiser reuses features; None where it does not."""
+    if manifest.get("cache") is None:
+        return None
+    try:
+        return read_policy(manifest["cache"])
+    except ValueError as error:
+        raise ArtifactError(f"{MANIFEST}: cache is not a policy: {error}") from error
+
+
+def _engines(parts: dict[str, Any], manifest: dict[str, Any], policy: CachePolicy | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for session, settings, part in parts.values():
-        if part["role"] == "denoiser":
-            found[part["attribute"]] = EngineDenoiser(session, settings, manifest["parameters"])
+    for sessions, settings, part in parts.values():
+        if part["role"] == "denoiser" and policy is not None:
+            found[part["attribute"]] = CachedEngineDenoiser(sessions, settings, manifest["parameters"], policy)
+        elif part["role"] == "denoiser":
+            found[part["attribute"]] = EngineDenoiser(sessions[WHOLE], settings, manifest["parameters"])
         elif part["role"] == "text":
-            found[part["attribute"]] = EngineTextEncoder(session, settings)
+            found[part["attribute"]] = EngineTextEncoder(sessions[WHOLE], settings)
         elif part["role"] == "decoder":
             encoder = parts.get("vae_encoder")
-            found[part["attribute"]] = EngineAutoencoder(session, encoder[0] if encoder else None, settings)
+            found[part["attribute"]] = EngineAutoencoder(sessions[WHOLE], encoder and encoder[0][WHOLE], settings)
     return found
 
 

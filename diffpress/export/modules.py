@@ -14,9 +14,20 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2D
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from diffpress.caching import CachePolicy, Caches
 from diffpress.errors import EngineError
 from diffpress.export.components import flatten_inputs
+from diffpress.export.cut import WHOLE
 from diffpress.export.session import Session
+
+
+def run_session(session: Session, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs by name. Raises EngineError when an input is not among the arguments."""
+    given = flatten_inputs({name: value for name, value in arguments.items() if value is not None})
+    missing = [name for name in session.inputs if name not in given]
+    if missing:
+        raise EngineError(f"the engine needs {', '.join(missing)}; the pipeline gave {', '.join(given)}")
+    return dict(zip(session.outputs, session(given), strict=True))
 
 
 class EngineModule(nn.Module):
@@ -37,11 +48,7 @@ class EngineModule(nn.Module):
 
     def run(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
         """Call the engine with the arguments it has inputs for. Raises EngineError when one of them is missing."""
-        given = flatten_inputs({name: value for name, value in arguments.items() if value is not None})
-        missing = [name for name in self.session.inputs if name not in given]
-        if missing:
-            raise EngineError(f"the engine needs {', '.join(missing)}; the pipeline gave {', '.join(given)}")
-        return dict(zip(self.session.outputs, self.session(given), strict=True))
+        return run_session(self.session, arguments)
 
 
 class EngineDenoiser(EngineModule):
@@ -64,6 +71,47 @@ class EngineDenoiser(EngineModule):
     def cache_context(self, name: str) -> Iterator[None]:
         """Pipelines of the Flux family mark their guidance branches with it."""
         yield
+
+
+class CachedEngineDenoiser(EngineDenoiser):
+    """A denoiser cut in pieces (see `cut`), which reuses from step to step what its policy says.
+
+    What is kept stays where the run-time's outputs are.
+    """
+
+    def __init__(
+        self, pieces: dict[str, Session], config: dict[str, Any], parameters: list[str], policy: CachePolicy
+    ) -> None:
+        super().__init__(next(iter(pieces.values())), config, parameters)
+        self.pieces, self.caches = pieces, Caches(policy, parameters)
+
+    def run(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        given = {name: value for name, value in arguments.items() if value is not None}
+        decision, state = self.caches.begin(given), self.caches.state
+        residual = None
+        if self.caches.policy.kind == "threshold":
+            start = run_session(self.pieces["first"], given)
+            residual = start.pop("residual")
+            given |= start
+            if decision == "test":
+                decision = "reuse" if state.passes(residual) else "compute"
+        full, short = ("rest", "last") if self.caches.policy.kind == "threshold" else (WHOLE, "reuse")
+        if decision == "reuse":
+            kept = {f"cache.{i}": tensor for i, tensor in zip(self._numbers(full), state.predict(), strict=True)}
+            return run_session(self.pieces[short], given | kept)
+        outputs = run_session(self.pieces[full], given)
+        state.store(tuple(outputs[f"cache.{i}"] for i in self._numbers(full)), residual)
+        return outputs
+
+    def _numbers(self, full: str) -> list[str]:
+        """Of the tensors that are kept."""
+        return [name.removeprefix("cache.") for name in self.pieces[full].outputs if name.startswith("cache.")]
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Each guidance branch has a cache of its own."""
+        with self.caches.context(name):
+            yield
 
 
 class EngineTextEncoder(EngineModule):

@@ -1,0 +1,108 @@
+"""A cached engine against torch with the same policy, along a whole sampling run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from diffpress.caching import CachePolicy, cached
+from diffpress.errors import ConfigError
+from diffpress.export.cut import OUTPUT, PIECES, eight_bit_weights, piece_path
+from diffpress.export.modules import CachedEngineDenoiser
+from diffpress.export.parity import Parity, check_precision, compare, tolerance_of
+from diffpress.export.session import open_session
+from diffpress.export.settings import ExportConfig
+from diffpress.generator import Call, Generator, SamplingPlan, argument_names, patched
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of a run in torch: its guidance branch, and whether it was computed in full."""
+
+    branch: str
+    computed: bool
+    call: Call
+
+
+def prove_cache(
+    generator: Generator, folder: Path, settings: ExportConfig, conditions: Sequence[Any], plan: SamplingPlan
+) -> Parity:
+    """Give the engine's denoiser the inputs of a run in torch, call by call, and compare what it returns.
+
+    What it reuses is its own; in tested runs it follows torch in which calls reuse, for a rounding near the threshold
+    would decide otherwise. Raises ConfigError for a policy fitted for another schedule than ``plan``'s, ParityError,
+    PrecisionError where a piece has fewer 8-bit products than it should.
+    """
+    policy, name = generator.cache, generator.denoiser_name
+    assert policy is not None
+    steps = _record(generator, policy, conditions, plan, 1 if settings.batch == "dynamic" else settings.batch)
+    sessions = {}
+    for piece in PIECES[policy.kind]:
+        path = piece_path(folder / name, piece)
+        sessions[piece] = open_session(
+            path, target=settings.target, providers=settings.providers, compute=settings.compute, trusted=True
+        )
+    engine = CachedEngineDenoiser(sessions, {}, argument_names(generator.denoiser), policy)
+    calls = ((step.call.inputs, {OUTPUT: step.call.output}) for step in steps)
+    parity = compare(
+        f"{name}, cached",
+        _Follower(engine, iter(steps)),
+        calls,
+        tolerance=tolerance_of(generator.denoiser, settings.compute),
+    )
+    for piece, session in sessions.items():
+        wanted = eight_bit_weights(piece_path(folder / name, piece))
+        if wanted:
+            check_precision(f"{name}/{piece}", session, wanted)
+    return parity
+
+
+def _record(
+    generator: Generator, policy: CachePolicy, conditions: Sequence[Any], plan: SamplingPlan, count: int
+) -> list[_Step]:
+    """A run in torch with the policy."""
+    steps: list[_Step] = []
+    pool = [conditions[index % len(conditions)] for index in range(count)]
+    with cached(generator.denoiser, policy) as caches:
+
+        def see(call: Call) -> None:
+            inputs = pytree.tree_map_only(Tensor, Tensor.clone, call.inputs)
+            steps.append(
+                _Step(caches.branch, caches.state.history[-1], Call(inputs, call.constants, call.output.clone()))
+            )
+
+        with generator.watch(see):
+            generator.draw(pool, seeds=range(count), plan=plan)
+    if caches.unknown:
+        fitted = ", ".join(f"{timestep:g}" for timestep in policy.timesteps)
+        raise ConfigError(
+            f"the feature cache was fitted for the timesteps {fitted}, but this run has "
+            f"{', '.join(f'{timestep:g}' for timestep in sorted(caches.unknown, reverse=True))} too; allowed: the "
+            "steps and the scheduler that it was fitted with"
+        )
+    return steps
+
+
+class _Follower:
+    """The engine as a `Session` of one output that goes through the recorded steps in turn."""
+
+    def __init__(self, engine: CachedEngineDenoiser, steps: Iterator[_Step]) -> None:
+        self.engine, self.steps = engine, steps
+        self.inputs: dict[str, torch.dtype] = {}
+        self.outputs, self.provider = [OUTPUT], engine.session.provider
+
+    def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        step = next(self.steps)
+        caches = self.engine.caches
+        with caches.context(step.branch), patched(caches.state, "passes", lambda residual: not step.computed):
+            return [self.engine(**{**inputs, **step.call.constants, "return_dict": False})[0]]
+
+    def quantized_ops(self) -> int:
+        """Those of the whole network are counted at its own graph."""
+        return self.engine.session.quantized_ops()
