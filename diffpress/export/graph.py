@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffpress.errors import EngineError
 from diffpress.export.components import Free
 from diffpress.export.passes import contrib_attention, drop_void_squeezes, fuse_products
+from diffpress.export.scopes import node_name, submodules
 
 EXTERNAL_FROM = 1 << 30  # bytes of weights from which they go to a file of their own; protobuf ends at 2 GiB
 
@@ -70,14 +71,15 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
 
 def clean(model: ir.Model) -> None:
-    """Drop notes on the exporting machine (stack traces, module paths) and give nodes and values short stable names."""
+    """Drop notes on the exporting machine (stack traces); nodes are named by the submodule that they belong to."""
     model.doc_string, model.producer_name, model.producer_version = None, "diffpress", None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    for index, node in enumerate(model.graph.all_nodes()):
+    modules = submodules(model)
+    for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
-        node.name = f"{node.op_type}_{index}"
+        node.name = node_name(modules[node], node.op_type, node.outputs[0].name or "")
         for value in node.outputs:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):

@@ -35,6 +35,7 @@ def fuse_products(model: ir.Model) -> int:
             [codes, weight, scale, weight_scale, zero, None, bias],
             domain=CONTRIB,
             version=1,
+            metadata_props=node.metadata_props,
         )
         _replace(model.graph, last, fused)
         count += 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from torch import Tensor
 
 from diffpress.errors import EngineError, MissingDependencyError
+from diffpress.export.trace import Trace, in_turns, onnxruntime_nodes, openvino_fact, openvino_nodes
 from diffpress.targets import find_target
 
 logger = logging.getLogger(__name__)
@@ -109,13 +113,9 @@ class OnnxRuntimeSession:
             raise EngineError(
                 f"provider {', '.join(missing)} is not available; this onnxruntime has {', '.join(available)}"
             )
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to others
-        self._path = path
+        self.path = path
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+            self._session = onnxruntime.InferenceSession(str(path), _ort_options(), providers=wanted)
         except _ORT_ERRORS as error:
             raise EngineError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         running = self._session.get_providers()
@@ -131,26 +131,49 @@ class OnnxRuntimeSession:
             return [torch.from_numpy(output) for output in self._session.run(None, arrays)]
         except _ORT_ERRORS as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
-            raise EngineError(f"{self._path}: ONNX Runtime refuses {shapes}: {error}") from error
+            raise EngineError(f"{self.path}: ONNX Runtime refuses {shapes}: {error}") from error
 
     def quantized_ops(self) -> int:
         counts = Counter(self._optimized_ops())
         return sum(counts[name] for name in _ORT_INT8)
 
     def _optimized_ops(self) -> list[str]:
-        """Operators of the graph after ONNX Runtime's own optimization, through a throw-away file."""
-        import tempfile
+        """Operators of the graph after ONNX Runtime's own optimization."""
+        with tempfile.TemporaryDirectory() as folder:
+            graph = self._optimized(_ort_options(), Path(folder))[1]
+            return [node.op_type for node in graph.node]
 
+    def _optimized(self, options: Any, folder: Path) -> tuple[Any, Any]:
+        """A session with ``options``, and the graph it executes, through a throw-away file in ``folder``."""
         import onnx
 
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(folder / "optimized.onnx")
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        session = onnxruntime.InferenceSession(str(self.path), options, providers=self._session.get_providers())
+        return session, onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+
+    def trace(self, inputs: dict[str, Tensor], *, rounds: int) -> Trace:
+        """Time every operator. Raises EngineError off the CPU, where ONNX Runtime times launches only."""
+        provider = self._session.get_providers()[0]
+        if provider != "CPUExecutionProvider":
+            raise EngineError(f"{self.path} runs on {provider}; operators are timed on CPUExecutionProvider only")
+        arrays = {name: _array(inputs[name], dtype) for name, dtype in self.inputs.items()}
         with tempfile.TemporaryDirectory() as folder:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4
-            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-            onnxruntime.InferenceSession(str(self._path), options, providers=self._session.get_providers())
-            graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-            return [node.op_type for node in graph.node]
+            options = _ort_options()
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+            session, graph = self._optimized(options, Path(folder))
+            calls, profiled = in_turns(lambda: self(inputs), lambda: session.run(None, arrays), rounds=rounds)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return Trace(onnxruntime_nodes(events, graph, list(inputs), rounds=rounds), calls, profiled)
+
+
+def _ort_options() -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to others
+    return options
 
 
 class OpenVinoSession:
@@ -188,7 +211,7 @@ class OpenVinoSession:
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         if {"CPU", "AUTO"} & set(devices):
             self._settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-        self._path, self._static_shapes = path, static_shapes
+        self.path, self._static_shapes = path, static_shapes
         try:
             model = self._core.read_model(str(path))
         except RuntimeError as error:
@@ -202,13 +225,16 @@ class OpenVinoSession:
             self._compile(None)
 
     def _compile(self, shapes: dict[str, tuple[int, ...]] | None) -> Any:
-        """A request of the graph at ``shapes``; with None at those of the file."""
-        model = self._core.read_model(str(self._path))
-        if shapes is not None:
-            model.reshape({name: self._openvino.PartialShape(list(shape)) for name, shape in shapes.items()})
-        request = self._core.compile_model(model, self._device, self._settings).create_infer_request()
+        """A request of the graph at ``shapes``, kept; with None at those of the file."""
+        request = self._new_request(shapes)
         self._requests[() if shapes is None else tuple(shapes.values())] = request
         return request
+
+    def _new_request(self, shapes: dict[str, tuple[int, ...]] | None, **settings: Any) -> Any:
+        model = self._core.read_model(str(self.path))
+        if shapes is not None:
+            model.reshape({name: self._openvino.PartialShape(list(shape)) for name, shape in shapes.items()})
+        return self._core.compile_model(model, self._device, self._settings | settings).create_infer_request()
 
     def _request(self, arrays: dict[str, np.ndarray]) -> Any:
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -223,7 +249,7 @@ class OpenVinoSession:
             results = self._request(arrays).infer(arrays, share_inputs=True)
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
-            raise EngineError(f"{self._path}: OpenVINO refuses {shapes}: {error}") from error
+            raise EngineError(f"{self.path}: OpenVINO refuses {shapes}: {error}") from error
         return [torch.from_numpy(np.array(results[index])) for index in range(len(self.outputs))]
 
     def quantized_ops(self) -> int:
@@ -232,16 +258,31 @@ class OpenVinoSession:
             self._compile(None)
         return min(_openvino_int8(request.get_compiled_model()) for request in self._requests.values())
 
+    def trace(self, inputs: dict[str, Tensor], *, rounds: int) -> Trace:
+        """Time every operator, in a graph compiled for these shapes. Raises EngineError off the CPU."""
+        if self._device != "CPU":
+            raise EngineError(f"{self.path} runs on {self._device}; operators are timed on device CPU only")
+        self(inputs)  # says which shapes it refuses
+        arrays = {name: _array(inputs[name], dtype) for name, dtype in self.inputs.items()}
+        request = self._new_request({name: array.shape for name, array in arrays.items()}, PERF_COUNT=True)
+        means: list[dict[str, float]] = []
+        millisecond = timedelta(milliseconds=1)
+        calls, profiled = in_turns(
+            lambda: self(inputs),
+            lambda: request.infer(arrays, share_inputs=True),
+            rounds=rounds,
+            read=lambda: means.append(
+                {node.node_name: node.real_time / millisecond for node in request.profiling_info}
+            ),
+        )
+        return Trace(openvino_nodes(request.get_compiled_model(), means), calls, profiled)
+
 
 def _openvino_int8(compiled: Any) -> int:
-    count = 0
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        if str(info["layerType"].astype(str) if "layerType" in info else "") in _OPENVINO_COMPUTE:
-            count += (
-                str(info["runtimePrecision"].astype(str)) == "u8"
-            )  # i8: only the weights are, the inputs were float
-    return count
+    ops = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    computing = [info for info in ops if openvino_fact(info, "layerType") in _OPENVINO_COMPUTE]
+    # u8: in i8 only the weights are, the inputs were float
+    return sum(openvino_fact(info, "runtimePrecision") == "u8" for info in computing)
 
 
 def _torch_name(element_type: Any) -> str:
