@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 PRUNING = ("prune.depth", "prune.width", "prune.tokens")  # what changes the network's structure
 FEW_STEPS = 8  # below this, features of neighbouring steps differ too much to be reused
-_FIXES_STEPS = ("distill.consistency", "distill.reflow")
-_STUDENTS = (*_FIXES_STEPS, "distill.guidance")
+_FIXES_STEPS = ("distill.consistency", "distill.reflow", "prune.schedule")
+_STUDENTS = ("distill.consistency", "distill.guidance", "distill.reflow")
 _ORDER: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (  # what cannot come late, after what, and why
     (
         ("prune.recover",),
@@ -31,13 +31,18 @@ _ORDER: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (  # what can
     ),
     (
         ("prune.schedule",),
-        _FIXES_STEPS,
+        (*_STUDENTS, "prune.schedule"),
         "looks for a grid of steps, but {0} has fixed it; allowed: only one of the two",
     ),
     (
-        _FIXES_STEPS,
+        _STUDENTS,
         ("prune.schedule",),
         "has a grid of steps of its own, but {0} has fixed it; allowed: only one of the two",
+    ),
+    (
+        (*PRUNING, "prune.recover"),
+        ("prune.schedule",),
+        "changes the network, but {0} has chosen the steps of what it was; allowed: before {0}",
     ),
     (
         (*_STUDENTS, *PRUNING, "prune.recover", "prune.schedule"),

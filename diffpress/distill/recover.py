@@ -122,19 +122,23 @@ def relative_distance(found: Tensor, wanted: Tensor, mask: float | None) -> Tens
 
 @contextmanager
 def watched(network: nn.Module, names: Sequence[str]) -> Iterator[Seen]:
-    """The tensors that the modules ``names`` of a network returned in its last call; hooks are gone afterwards."""
+    """The tensors that the modules ``names`` of a network returned in its last call; hooks are gone afterwards.
+
+    Those that are handed on as they were given are left out: nothing is there that could learn.
+    """
     seen: Seen = {}
 
     def hook_of(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            values = output if isinstance(output, tuple) else (output,)
-            seen[name] = tuple(value for value in values if isinstance(value, Tensor))
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            given, values = (*args, *kwargs.values()), output if isinstance(output, tuple) else (output,)
+            changed = [value for value in values if not any(value is each for each in given)]
+            seen[name] = tuple(value for value in changed if isinstance(value, Tensor))
 
         return hook
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(network.get_submodule(name).register_forward_hook(hook_of(name)).remove)
+            stack.callback(network.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True).remove)
         yield seen
 
 

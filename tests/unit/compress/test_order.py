@@ -25,6 +25,7 @@ class Reuse:
     """A method that runs on a quantized denoiser too."""
 
     after_quantization: ClassVar[bool] = True
+    steps: int = 8
 
 
 NAMES = ("prune.depth", "prune.width", "prune.tokens", "prune.recover", "prune.schedule", "prune.steps")
@@ -58,7 +59,7 @@ def problems(tmp_path, *stages, methods=CONFIGS):
         ("prune.depth", "prune.width", "prune.recover", "prune.tokens", "prune.recover"),
         ("prune.depth", "prune.recover", "prune.schedule", "prune.steps", "quantize.int8"),
         ("prune.depth", "prune.recover", "distill.reflow", "quantize.int8", "prune.steps"),
-        ("distill.guidance", "prune.schedule", "prune.steps"),
+        ("quantize.int8", "prune.schedule", "prune.steps"),
     ],
 )
 def test_orders_that_work(tmp_path, stages):
@@ -85,7 +86,7 @@ def test_recovery_is_refused_after_a_quantizer(tmp_path):
     assert "stages.2.prune.recover: needs the denoiser in float, but stages.1.quantize.int8" in found[0][1]
 
 
-@pytest.mark.parametrize("before", [(), ("quantize.smooth",), ("prune.schedule",)])
+@pytest.mark.parametrize("before", [(), ("quantize.smooth",)])
 def test_recovery_of_nothing_is_refused(tmp_path, before):
     found = problems(tmp_path, *before, "prune.recover", "prune.depth", methods=ALL)
     what = (
@@ -108,6 +109,8 @@ def test_recovery_of_nothing_is_refused(tmp_path, before):
         ("prune.steps", "distill.guidance", "changes the network or its steps, but {0} was fitted to what they were"),
         ("prune.steps", "prune.depth", "changes the network or its steps, but {0} was fitted to what they were"),
         ("prune.steps", "prune.schedule", "changes the network or its steps, but {0} was fitted to what they were"),
+        ("prune.schedule", "prune.depth", "changes the network, but {0} has chosen the steps of what it was"),
+        ("prune.schedule", "prune.recover", "changes the network, but {0} has chosen the steps of what it was"),
     ],
 )
 def test_what_an_earlier_stage_was_fitted_to(tmp_path, early, late, why):
@@ -118,7 +121,7 @@ def test_what_an_earlier_stage_was_fitted_to(tmp_path, early, late, why):
     assert problems(tmp_path, "prune.width", late, "quantize.smooth", early, methods=ALL) == []
 
 
-@pytest.mark.parametrize("student", ["distill.reflow", "distill.consistency"])
+@pytest.mark.parametrize("student", ["distill.reflow", "distill.consistency", "distill.guidance"])
 def test_one_grid_of_steps_for_a_generator(tmp_path, student):
     found = [
         problems(tmp_path, *pair, methods=ALL) for pair in ((student, "prune.schedule"), ("prune.schedule", student))
@@ -158,6 +161,7 @@ def test_weights_that_are_all_quantized_already(tmp_path, layers, part):
     [
         (("prune.steps",), 7, 7),
         (("prune.steps",), 8, None),
+        (("prune.schedule: {steps: 6}", "prune.steps"), 50, 6),
         (("prune.depth",), 4, None),
         (("distill.reflow: {steps: 4}", "prune.steps"), 50, 4),
         (("distill.reflow: {steps: 8}", "prune.steps"), 4, None),
@@ -192,3 +196,11 @@ def test_a_recipe_made_in_python_is_checked_too():
     assert Recipe(model="x", stages=stages[::-1]).stages == stages[::-1]
     with pytest.raises(ValidationError, match=r"stages\.1\.quantize\.smooth: needs the denoiser in float"):
         Recipe(model="x", stages=stages)
+
+
+def test_methods_of_the_table_say_whether_they_need_float():
+    """The stand-ins above say what the real ones say."""
+    for name in METHODS.keys() & PRUNING.keys():
+        said = [getattr(kind, "after_quantization", False) for kind in (CONFIGS[name], PRUNING[name])]
+        assert said[0] == said[1], name
+        assert not hasattr(CONFIGS[name], "quantizes")

@@ -151,6 +151,14 @@ def test_what_is_seen_is_what_blocks_return(dit, hooks_of):
     assert hooks_of(dit.denoiser) == before
 
 
+def test_what_hands_on_what_it_was_given_is_not_seen():
+    """As a first block that only keeps the embedding which the last layer reads."""
+    network = nn.Sequential(nn.Linear(4, 4), Skip(), nn.Linear(4, 4))
+    with watched(network, ["0", "1", "2"]) as seen:
+        network(torch.zeros(2, 4))
+    assert [len(seen[name]) for name in "012"] == [1, 0, 1]
+
+
 def test_relative_distance_by_hand():
     found, wanted = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     expected = [float((f - w).square().sum() / w.square().sum()) for f, w in zip(found, wanted, strict=True)]
