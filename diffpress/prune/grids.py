@@ -1,17 +1,18 @@
-"""Grids of few steps: the usual spacings, a bound on a solver's error in closed form, and an evolutionary search.
+"""Grids of few steps: the usual spacings, a bound on a solver's error in closed form, and a search.
 
 A grid is given by levels of noise, numbered from the least: integers that decrease strictly, noisiest first.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import expit, softmax
+from scipy.special import expit, logit, softmax
 
 Grid = tuple[int, ...]
 Path = Literal["vp", "flow"]
@@ -19,9 +20,8 @@ QUADRATURE = np.polynomial.legendre.leggauss(16)
 KARRAS_RHO = 7.0
 ALONE = 3  # steps of a run whose errors the bound does not let cancel
 LEAST = 1e-3  # share of the whole way that a step has at least
-CROSSOVER = 0.3  # share of the search's children that have two parents
-MOVED = 0.5  # share of the nodes that a mutation moves
-FAR, NEAR = 0.5, 0.05  # how far, first and last in a search, as a share of the room between a node's neighbours
+SIMPLICES = (0.3, -0.5)  # edges of the search's first simplices, in logits
+SETTLED = 0.01  # logits between the corners of a simplex that has settled
 
 
 def distinct(nodes: np.ndarray, count: int) -> Grid:
@@ -109,7 +109,7 @@ def least_bound(start: np.ndarray, *, order: int, path: Path, power: float) -> n
 
 
 @dataclass(frozen=True)
-class Evolved:
+class Found:
     """The best grid of a search, its fitness, and the best fitness after each evaluation."""
 
     grid: Grid
@@ -117,53 +117,50 @@ class Evolved:
     curve: tuple[float, ...]
 
 
-def evolve(
-    fitness: Callable[[Grid], float],
-    starts: Sequence[Grid],
-    *,
-    count: int,
-    evaluations: int,
-    population: int,
-    seed: int,
-) -> Evolved:
-    """The grid of least ``fitness`` after ``evaluations``, by mutation and crossover of the best (AutoDiffusion).
+def search(fitness: Callable[[Grid], float], starts: Sequence[Grid], *, evaluations: int) -> Found:
+    """The grid of least ``fitness`` that ``evaluations`` find: those of ``starts``, then a simplex from the best.
 
-    Begins with ``starts``, which have the same first node; it stays, the others are levels in [0, count). The best are
-    kept, so the best fitness never rises; each grid is judged once, and NaN counts as infinite. Mutations move nodes
-    less and less far; the search ends early where they lead to no grid that is not known. (Li et al. 2023)
+    The starts have the same first level, which stays. The simplex (Nelder & Mead 1965; simplices larger and smaller
+    anew, once one has settled) moves in the logits of l_j / l_{j-1}, l a level's number from 1, so that grids stay in
+    order. Each grid is judged once, NaN counts as infinite, and the best is kept, so the best fitness never rises. Ends
+    early where no new grid is met.
     """
-    random = np.random.default_rng(seed)
     known: dict[Grid, float] = {}
     curve: list[float] = []
-    waiting = list(dict.fromkeys(starts))
-    while len(curve) < evaluations:
-        best = sorted(known, key=known.__getitem__)[:population]
-        child = waiting.pop(0) if waiting else _child(best, known, count, len(curve) / evaluations, random)
-        if child is None:
+    first = starts[0][0]
+
+    def judged(grid: Grid) -> float:
+        if grid not in known:
+            found = fitness(grid)
+            known[grid] = found if np.isfinite(found) else np.inf
+            curve.append(min(known.values()))
+        return known[grid]
+
+    for start in list(dict.fromkeys(starts))[:evaluations]:
+        judged(start)
+    for size in itertools.cycle(SIMPLICES):
+        before, best = len(curve), _logits(min(known, key=known.__getitem__))
+        if before >= evaluations:
             break
-        found = fitness(child)
-        known[child] = found if np.isfinite(found) else np.inf
-        curve.append(min(known.values()))
+        simplex = np.vstack([best, best + size * np.eye(len(best))])
+        options: Any = {
+            "initial_simplex": simplex,
+            "maxfev": evaluations - before,
+            "xatol": SETTLED,
+            "fatol": np.inf,
+        }
+        minimize(lambda logits: judged(_grid(logits, first)), best, method="Nelder-Mead", options=options)
+        if len(curve) == before:
+            break
     grid = min(known, key=known.__getitem__)
-    return Evolved(grid, known[grid], tuple(curve))
+    return Found(grid, known[grid], tuple(curve))
 
 
-def _child(
-    best: Sequence[Grid], known: dict[Grid, float], count: int, done: float, random: np.random.Generator
-) -> Grid | None:
-    """A grid that is not known yet; None where a hundred tries give none."""
-    far = FAR * (NEAR / FAR) ** done
-    for _ in range(100):
-        one, other = (np.array(best[index]) for index in random.integers(len(best), size=2))
-        if random.random() < CROSSOVER:
-            child = np.where(random.random(len(one)) < 0.5, one, other).astype(float)
-        else:
-            around = np.concatenate([one[:1], one, [-1]])
-            room = (around[:-2] - around[2:]) / 2
-            child = one + (random.random(len(one)) < MOVED) * random.normal(size=len(one)) * far * room
-        child[0] = one[0]
-        child[1:] = np.clip(child[1:], 0, one[0] - 1)
-        grid = distinct(child, count)
-        if grid not in known and grid[0] == one[0]:
-            return grid
-    return None
+def _logits(grid: Grid) -> np.ndarray:
+    """Of the share of the level before that each level has, [k - 1]; inverse of `_grid`, but for rounding."""
+    numbers = np.array(grid) + 1.0
+    return logit(numbers[1:] / numbers[:-1])
+
+
+def _grid(logits: np.ndarray, first: int) -> Grid:
+    return distinct(np.append(first, (first + 1) * np.cumprod(expit(logits)) - 1), first + 1)

@@ -1,8 +1,9 @@
 """``prune.schedule``: which timesteps a run of few steps goes through, chosen for this generator and this solver.
 
-Training-free. The search judges grids by the same noise: how far the latents of a few steps end from those of many
-(AutoDiffusion's evolutionary search, Li et al. 2023, with a paired error in place of an FID). The bound needs no call
-of the network: it is the least of a bound on the solver's error in closed form (DM-NonUniform, Xue et al. 2024).
+Training-free. The search judges grids by the same noise: how far the latents of a few steps end from those of many.
+(AutoDiffusion, Li et al. 2023, searches by the FID of fresh samples; an error of pairs is smooth in the timesteps, so a
+simplex needs far fewer judgements than its evolution.) The bound needs no call of the network: it is the least of a
+bound on the solver's error in closed form (DM-NonUniform, Xue et al. 2024).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from diffpress.config import config
 from diffpress.denoise import check_solver, first_inputs, trajectory
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.prune.grids import Evolved, Grid, Path, bound, distinct, evolve, least_bound, spacings
+from diffpress.prune.grids import Found, Grid, Path, bound, distinct, least_bound, search, spacings
 from diffpress.sampling import SamplingPlan, check_grid_solver, is_flow, own_grid, sigmas_at
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
@@ -47,14 +48,12 @@ class ScheduleConfig:
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
     """Guidance that the engine is sampled with; null: that of the calibration runs."""
     method: Literal["search", "bound"] = "search"
-    """Search: an evolutionary search for the least error of the latents; bound: the least of a bound on the solver's
-    error in closed form, without a call of the network."""
+    """Search: for the least error of the latents, judged on runs; bound: the least of a bound on the solver's error in
+    closed form, which is found without a run but knows nothing of the network."""
     samples: Annotated[int, Field(ge=1)] = 32
     """Runs that each grid is judged by: always the same noise and conditions."""
-    evaluations: Annotated[int, Field(ge=8)] = 128
-    """Grids that are judged."""
-    population: Annotated[int, Field(ge=2)] = 5
-    """The best grids so far, from which the next ones descend."""
+    evaluations: Annotated[int, Field(ge=8)] = 96
+    """Grids that are judged, at most."""
     held_out: Annotated[int, Field(ge=2)] = 32
     """Other runs, by which the grid that was found is compared with the usual ones in the end."""
     reference_steps: Annotated[int, Field(ge=3, le=1000)] = 50
@@ -195,7 +194,7 @@ class ScheduleSearch:
         facts: dict[str, Any]
         if settings.method == "search":
             judged = conditions[: settings.samples], range(context.train_seed, context.train_seed + settings.samples)
-            found = self._evolved(
+            found = self._searched(
                 Runs.of(generator, *judged, many, context), levels, list(starts.values()), plan, context
             )
             grid, facts = found.grid, {"curve": list(found.curve)}
@@ -212,9 +211,9 @@ class ScheduleSearch:
                 advance(1)
         return timesteps, facts | {"held_out_error": errors.pop("found"), "usual_errors": errors}
 
-    def _evolved(
+    def _searched(
         self, runs: Runs, levels: Levels, starts: Sequence[Grid], plan: SamplingPlan, context: Context
-    ) -> Evolved:
+    ) -> Found:
         settings = self.config
         with context.progress.task("Schedule: searching", total=settings.evaluations) as advance:
 
@@ -223,14 +222,7 @@ class ScheduleSearch:
                 advance(1)
                 return error
 
-            return evolve(
-                fitness,
-                starts,
-                count=len(levels.timesteps),
-                evaluations=settings.evaluations,
-                population=settings.population,
-                seed=context.train_seed,
-            )
+            return search(fitness, starts, evaluations=settings.evaluations)
 
     def _bounded(self, generator: Generator, levels: Levels, start: Grid) -> tuple[Grid, dict[str, Any]]:
         """The grid of the least bound, from even times; latents are told from pixels by the autoencoder."""

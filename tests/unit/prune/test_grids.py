@@ -8,7 +8,7 @@ from scipy.integrate import quad
 from scipy.interpolate import lagrange
 from tiny import make_scheduler
 
-from diffpress.prune.grids import bound, distinct, evolve, least_bound, solver_weights, spacings
+from diffpress.prune.grids import bound, distinct, least_bound, search, solver_weights, spacings
 
 CUMULATIVE = make_scheduler().alphas_cumprod.double().numpy()
 LAMBDAS = np.log(CUMULATIVE / (1 - CUMULATIVE)) / 2  # [1000], least noise first
@@ -100,47 +100,53 @@ def test_the_least_bound_is_that_of_brute_force(order, power):
     assert (np.diff(found) > 0).all()
 
 
-def rugged(grid):
-    """A fitness with one best grid, (39, 17, 4), and other dips."""
-    return (grid[1] - 17) ** 2 + 3 * (grid[2] - 4) ** 2 + 5 * ((grid[1] * grid[2]) % 4)
-
-
+BEST = (39, 17, 4)
 STARTS = [(39, 26, 13), (39, 20, 10), (39, 26, 13)]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_search_finds_the_best_grid_and_never_loses_it(seed):
+def valley(grid):
+    """A fitness whose variables do not go apart: a narrow valley, its end at ``BEST``."""
+    return float((grid[1] - 17 - (grid[2] - 4)) ** 2 + (grid[2] - 4) ** 2 / 4)
+
+
+def test_the_search_finds_the_best_grid_and_never_loses_it():
     seen = []
 
     def fitness(grid):
         seen.append(grid)
-        return float(rugged(grid))
+        return valley(grid)
 
-    found = evolve(fitness, STARTS, count=40, evaluations=150, population=5, seed=seed)
-    forced = min(((39, *inner) for inner in itertools.combinations(range(38, -1, -1), 2)), key=rugged)
-    assert found.grid == forced == (39, 17, 4)
-    assert found.fitness == rugged(forced)
-    assert len(seen) == len(set(seen)) == len(found.curve) <= 150
+    found = search(fitness, STARTS, evaluations=60)
+    forced = min(((39, *inner) for inner in itertools.combinations(range(38, -1, -1), 2)), key=valley)
+    assert found.grid == forced == BEST
+    assert found.fitness == valley(forced)
+    assert len(seen) == len(set(seen)) == len(found.curve) <= 60
     assert seen[:2] == STARTS[:2]
     assert all(ordered(grid, 40) and grid[0] == 39 for grid in seen)
-    assert list(found.curve) == sorted(found.curve, reverse=True) == list(np.minimum.accumulate([*map(rugged, seen)]))
+    assert list(found.curve) == sorted(found.curve, reverse=True) == list(np.minimum.accumulate([*map(valley, seen)]))
     assert found.curve[-1] < found.curve[1]
+    assert search(valley, STARTS, evaluations=60) == found
+    assert len(search(valley, STARTS, evaluations=10).curve) <= 10
+    worst = search(lambda grid: -valley(grid), STARTS, evaluations=60)
+    assert valley(worst.grid) > valley(STARTS[0])
 
 
-def test_the_search_is_that_of_its_seed():
-    runs = [evolve(rugged, STARTS, count=40, evaluations=30, population=5, seed=seed) for seed in (7, 7, 8)]
-    assert runs[0] == runs[1]
-    assert runs[0].curve != runs[2].curve
-
-
-def test_the_search_survives_what_is_not_finite_and_ends_where_all_is_known():
-    found = evolve(
-        lambda grid: float("nan") if grid[1] > 1 else float(grid[1]),
-        [(4, 3)],
-        count=5,
-        evaluations=50,
-        population=5,
-        seed=0,
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_the_search_among_a_thousand_levels(steps):
+    """The distance to a known grid, in the logarithm of levels; from usual ones, with a hundred judgements."""
+    wanted = np.log(distinct(999 * 0.9 ** (np.arange(steps) ** 2), 1000))
+    found = search(
+        lambda grid: float(np.abs(np.log(np.array(grid) + 1) - wanted).sum()),
+        list(spacings(LAMBDAS, steps).values()),
+        evaluations=100,
     )
-    assert found.curve[0] == np.inf
-    assert (found.grid, found.fitness, len(found.curve)) == ((4, 0), 0.0, 4)
+    assert found.fitness < 0.25 * found.curve[3]
+    assert found.curve == tuple(sorted(found.curve, reverse=True))
+
+
+def test_the_search_survives_what_is_not_finite_and_ends_where_nothing_is_new():
+    starts = [(999, 600), (999, 400)]
+    found = search(lambda grid: float("nan") if grid[1] > 410 else float(grid[1]), starts, evaluations=60)
+    assert found.curve[:2] == (np.inf, 400.0)
+    assert found.fitness == found.grid[1] < 10
+    assert len(search(lambda grid: float(grid[1]), [(4, 3)], evaluations=60).curve) <= 4

@@ -28,7 +28,7 @@ SOLVERS = {
     "flow": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     "flow in log-SNR": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
 }
-QUICK = {"samples": 2, "held_out": 2, "evaluations": 8, "population": 3, "reference_steps": 6}
+QUICK = {"samples": 2, "held_out": 2, "evaluations": 8, "reference_steps": 6}
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_the_true_error_falls(method, steps, given):
     generator = ideal(make_scheduler())
     even = SamplingPlan(steps=steps, guidance_scale=1.0)
     before = true_error(generator, even)
-    settings = ScheduleConfig(method=method, steps=steps, samples=4, held_out=4, evaluations=32)
+    settings = ScheduleConfig(method=method, steps=steps, samples=4, held_out=4, evaluations=40)
     applied = ScheduleSearch(settings).apply(generator, given(generator))
     after = true_error(generator, generator.plan_for(even))
     facts = applied.metadata
@@ -74,7 +74,7 @@ def test_the_true_error_falls(method, steps, given):
     if method == "search":
         assert facts["held_out_error"] < min(facts["usual_errors"].values())
         assert facts["curve"] == sorted(facts["curve"], reverse=True)
-        assert len(facts["curve"]) == 32
+        assert 30 < len(facts["curve"]) <= 40
     else:
         assert facts["bound"] < facts["bound_of_time"]
 
