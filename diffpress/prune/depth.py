@@ -8,7 +8,7 @@ the more is gone, so the rest is measured again after each accepted unit, with w
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, sqrt
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,7 +24,16 @@ from diffpress.progress import Progress
 from diffpress.prune.budget import Option, choose
 from diffpress.prune.gates import GateSettings, learn_gates
 from diffpress.prune.recorded import answer, mean_error, record
-from diffpress.prune.units import Granularity, Unit, bypassed, find_units, remove, restore, saved_parameters
+from diffpress.prune.units import (
+    Granularity,
+    Unit,
+    bypassed,
+    find_units,
+    parameter_count,
+    remove,
+    restore,
+    saved_parameters,
+)
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
 
@@ -98,8 +107,13 @@ class Budget:
             )
 
 
-def budget_of(network: nn.Module, units: Sequence[Unit], settings: DepthConfig) -> Budget:
-    """The budget of ``settings`` in units or parameters. Raises ConfigError where it cannot be met."""
+def budget_of(
+    network: nn.Module, units: Sequence[Unit], settings: DepthConfig, table: Mapping[str, float] | None = None
+) -> Budget:
+    """The budget of ``settings``; ``table`` has the milliseconds of each submodule, where they are what is budgeted.
+
+    Raises ConfigError where it cannot be met.
+    """
     if settings.remove is not None:
         count, gone = len(units), floor(settings.remove * len(units) + 0.5)
         if gone == count or (gone == 0 and settings.remove > 0):
@@ -108,24 +122,15 @@ def budget_of(network: nn.Module, units: Sequence[Unit], settings: DepthConfig) 
                 "of them"
             )
         return Budget({unit.name: 1.0 for unit in units}, count, count - gone)
-    assert settings.parameters is not None
-    total = sum(parameter.numel() for parameter in network.parameters())
-    weights = {unit.name: float(saved_parameters(network, unit)) for unit in units}
-    budget = Budget(weights, total, settings.parameters * total)
-    budget.check("parameters")
-    return budget
-
-
-def latency_budget(generator: Generator, units: Sequence[Unit], share: float, context: Context) -> Budget:
-    """The budget in milliseconds on the target's engine. Raises ConfigError where it cannot be met or measured."""
-    if context.latency is None:
-        raise ConfigError(
-            f"prune.depth: latency {share:g} needs latencies measured on the engine, and none are there; allowed: "
-            "remove or parameters"
-        )
-    table = context.latency(generator)
-    budget = Budget({unit.name: table.get(unit.name, 0.0) for unit in units}, table[""], share * table[""])
-    budget.check("latency")
+    if settings.parameters is not None:
+        total, weights = parameter_count(network), {unit.name: float(saved_parameters(network, unit)) for unit in units}
+        budget, name = Budget(weights, total, settings.parameters * total), "parameters"
+    else:
+        assert settings.latency is not None
+        assert table is not None
+        weights = {unit.name: table.get(unit.name, 0.0) for unit in units}
+        budget, name = Budget(weights, table[""], settings.latency * table[""]), "latency"
+    budget.check(name)
     return budget
 
 
@@ -227,16 +232,14 @@ class Depth:
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Raises ConfigError where the budget cannot be met, or latency is the budget and was not measured."""
         network, settings = generator.denoiser, self.config
+        table = self._latencies(generator, context)
         calls = record(generator, context, settings.calls, "Pruning: recording denoiser calls")
         units = in_order(network, find_units(network, settings.granularity), calls[0])
-        if settings.latency is None:
-            budget = budget_of(network, units, settings)
-        else:
-            budget = latency_budget(generator, units, settings.latency, context)
+        budget = budget_of(network, units, settings, table)
         removed, scores = self._choose(network, calls, units, budget, context)
         with bypassed(network, removed):
             error = mean_error(network, calls)
-        before = _parameters(network)
+        before = parameter_count(network)
         metadata = remove(network, removed)
         facts = {
             "units": [
@@ -247,7 +250,20 @@ class Depth:
             "left": budget.left(removed) / budget.total,
             "error": error,
         }
-        return Applied(generator, metadata | facts, self._summary(removed, units, error, _parameters(network) / before))
+        return Applied(
+            generator, metadata | facts, self._summary(removed, units, error, parameter_count(network) / before)
+        )
+
+    def _latencies(self, generator: Generator, context: Context) -> Mapping[str, float] | None:
+        """Milliseconds on the target's engine, where they are budgeted. Raises ConfigError where there are none."""
+        if self.config.latency is None:
+            return None
+        if context.latency is None:
+            raise ConfigError(
+                f"prune.depth: latency {self.config.latency:g} needs latencies measured on the engine, and none are "
+                "there; allowed: remove or parameters"
+            )
+        return context.latency(generator)
 
     def _choose(
         self, network: nn.Module, calls: Sequence[Call], units: Sequence[Unit], budget: Budget, context: Context
@@ -276,7 +292,3 @@ class Depth:
     def restore(generator: Generator, metadata: dict[str, Any]) -> None:
         """Give the denoiser the structure without the removed units."""
         restore(generator.denoiser, metadata)
-
-
-def _parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())

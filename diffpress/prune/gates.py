@@ -3,8 +3,8 @@
 Consecutive units form groups, and a group's options are all masks that keep a given number of its units. Each row of
 each update draws one mask for each group by a hard Gumbel-softmax; the logits, and low-rank adapters of a copy of the
 network, learn together to give the outputs of the whole network. The most probable masks decide; copy and adapters are
-discarded. So the choice is of what can be recovered well, not of what hurts least before any recovery. No data: the loss
-is of the recorded outputs, where the paper has that of denoising pictures.
+discarded. So the choice is of what can be recovered well, not of what hurts least before any recovery. The loss
+is on recorded outputs, without data; the paper's is on pictures.
 """
 
 from __future__ import annotations

@@ -178,10 +178,11 @@ def saved_parameters(network: nn.Module, unit: Unit) -> int:
     """How many parameters go with ``unit``."""
     module = network.get_submodule(unit.name)
     kept = _kept(module, unit)
-    return _count(module) - (_count(kept) if kept is not None else 0)
+    return parameter_count(module) - (0 if kept is None else parameter_count(kept))
 
 
-def _count(module: nn.Module) -> int:
+def parameter_count(module: nn.Module) -> int:
+    """How many numbers are trained in ``module``."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -290,15 +290,24 @@ def test_flux_loses_blocks_of_both_kinds(context, first_call):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["dit", "ddpm"])
-def test_pruned_denoiser_exports(request, family, context, tmp_path):
+@pytest.mark.parametrize(("family", "granularity"), [("dit", "sublayer"), ("ddpm", "block")])
+def test_pruned_denoiser_exports(request, family, granularity, context, tmp_path):
     generator = request.getfixturevalue(family)
     given = context(generator)
-    prune(generator, given, remove=0.5)
-    assert any(isinstance(module, Skip) for module in generator.denoiser.modules()) or family == "dit"
+    prune(generator, given, remove=0.5, granularity=granularity)
+    assert any(isinstance(module, Skip) for module in generator.denoiser.modules())
     settings = ExportConfig(target="onnxruntime", size="static")
     built = export(generator, tmp_path / "engine", settings, plan=given.plan, conditions=given.conditions)
-    assert built.parity
+    assert built.parity  # compared with torch, or it would have raised
+
+
+def test_pruned_denoiser_quantizes(sd, context, first_call, relative):
+    prune(sd, context(sd), remove=0.5, granularity="sublayer")
+    before, call = first_call(sd)
+    layers = len(Int8(Int8Config()).layers(sd.denoiser, TARGET))
+    Int8(Int8Config()).apply(sd, context(sd))
+    assert layers > 0
+    assert 0 < relative(first_call(sd, call)[0], before) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -308,7 +317,7 @@ def test_pruned_denoiser_exports(request, family, context, tmp_path):
         ({"remove": 0.5, "latency": 0.5}, "budgets given: remove, latency"),
         ({"parameters": 0.5, "criterion": "gates"}, "criterion gates does not go with a budget of parameters"),
         ({"remove": 1.0}, "less than 1"),
-        ({"remove": 0.5, "criterion": "magnitude"}, "'output', 'uniform'"),
+        ({"remove": 0.5, "criterion": "magnitude"}, "'output', 'gates', 'uniform'"),
         ({"remove": 0.5, "granularity": "head"}, "'block' or 'sublayer'"),
         ({"remove": 0.5, "rescore": 0}, "greater than or equal to 1"),
     ],

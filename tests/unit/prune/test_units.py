@@ -88,14 +88,14 @@ def sd3():
     return network, inputs
 
 
-def unet(blocks=1):
-    """Two resnets a level: the second of each down level keeps the width; cross-attention around ``blocks`` blocks."""
+def unet(layers=2, blocks=1):
+    """The second resnet of a down level keeps its width; cross-attention is around ``blocks`` blocks."""
     network = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
+        layers_per_block=layers,
         norm_num_groups=4,
         cross_attention_dim=12,
         attention_head_dim=2,
@@ -107,7 +107,7 @@ def unet(blocks=1):
 
 def deep_unet():
     """As SDXL: several transformer blocks in each attention layer."""
-    return unet(blocks=2)
+    return unet(layers=1, blocks=2)
 
 
 def ddpm():
