@@ -136,6 +136,9 @@ def search(fitness: Callable[[Grid], float], starts: Sequence[Grid], *, evaluati
             curve.append(min(known.values()))
         return known[grid]
 
+    def objective(logits: np.ndarray) -> float:
+        return judged(_grid(logits, first))
+
     for start in list(dict.fromkeys(starts))[:evaluations]:
         judged(start)
     for size in itertools.cycle(SIMPLICES):
@@ -149,7 +152,7 @@ def search(fitness: Callable[[Grid], float], starts: Sequence[Grid], *, evaluati
             "xatol": SETTLED,
             "fatol": np.inf,
         }
-        minimize(lambda logits: judged(_grid(logits, first)), best, method="Nelder-Mead", options=options)
+        minimize(objective, best, method="Nelder-Mead", options=options)
         if len(curve) == before:
             break
     grid = min(known, key=known.__getitem__)
