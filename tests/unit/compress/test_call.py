@@ -4,6 +4,7 @@ import json
 
 import diffpress
 from diffpress import processes
+from diffpress.distill.recover import Recover
 
 
 def test_all_but_the_first_process_return_nothing(dit_folder, tmp_path, monkeypatch):
@@ -14,3 +15,24 @@ def test_all_but_the_first_process_return_nothing(dit_folder, tmp_path, monkeypa
     assert diffpress.compress(dit_folder, recipe, tmp_path / "out") is None
     assert not (tmp_path / "out").exists()
     assert json.dumps(recipe) == before
+
+
+def test_pruned_and_recovered_towards_the_original(dit_folder, tmp_path, monkeypatch):
+    """The runner gives recovery the generator as it was before the first stage."""
+    training = {"steps": 2, "batch_size": 4}
+    pairs = {"count": 8, "held_out": 2, "steps": 2, "batch_size": 4}
+    stages = [{"prune.depth": {"remove": 0.5}}, {"prune.recover": {"pairs": pairs, "training": training}}]
+    applied = []
+    apply = Recover.apply
+
+    def kept(self, generator, context):
+        applied.append((len(generator.denoiser.transformer_blocks), apply(self, generator, context)))
+        return applied[0][1]
+
+    monkeypatch.setattr(Recover, "apply", kept)
+    monkeypatch.setattr(processes, "first", lambda: False)  # stages alone: no engine, no report
+    recipe = {"stages": stages, "calibration": {"samples": 2, "steps": 2}, "evaluate": {"samples": 2}}
+    assert diffpress.compress(dit_folder, recipe, tmp_path / "out") is None
+    blocks, result = applied[0]
+    assert blocks == 1
+    assert result.metadata["pruned_error"] > 0.01
