@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import floor
 from typing import Annotated, Any
 
@@ -43,10 +43,21 @@ class GateSettings:
     """Temperature of the Gumbel-softmax at the first update."""
     cold: Annotated[float, Field(gt=0)] = 0.1
     """Temperature at the last; it falls linearly."""
-    training: TrainingSettings = TrainingSettings(
-        steps=400, batch_size=1, learning_rate=1e-4, warmup=0, ema=0.0, rank=8
-    )
-    """The joint training: its batch size counts recorded calls, its rank is the adapters'; null: gates alone learn."""
+    steps: Annotated[int, Field(ge=1)] = 400
+    """Updates of the joint training."""
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Recorded calls in one update, over all processes together; each holds a whole batch."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak of AdamW's learning rate; it falls along half a cosine to 2 % of this."""
+    rank: Annotated[int, Field(ge=1)] | None = 8
+    """Of the adapters that learn beside the gates; null: the gates learn alone, without a recovery."""
+
+    @property
+    def training(self) -> TrainingSettings:
+        """For the loop that all trainings share; the last weights count, not an average."""
+        return TrainingSettings(
+            steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, warmup=0, ema=0.0
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,7 @@ class GateLoss:
 
     def tau(self, step: int) -> float:
         """Temperature of update ``step``."""
-        done = step / max(1, self.settings.training.steps - 1)
+        done = step / max(1, self.settings.steps - 1)
         return self.settings.hot + (self.settings.cold - self.settings.hot) * done
 
 
@@ -202,14 +213,13 @@ def learn_gates(
     if not gone:
         return [], {}
     copied = copy.deepcopy(network).requires_grad_(False)
-    training = settings.training
-    if training.rank is not None:
-        add_adapters(copied, training.rank, seed=context.train_seed)
+    if settings.rank is not None:
+        add_adapters(copied, settings.rank, seed=context.train_seed)
     gated = Gated(copied, grouped(units, gone, settings.group))
     fit(
         gated,
         GateLoss(calls, gated.options, settings),
-        replace(training, rank=None),
+        settings.training,
         seed=context.train_seed,
         key=fingerprint(asdict(settings), [unit.name for unit in units], gone),
         folder=context.work_folder(),

@@ -1,6 +1,7 @@
 """The knapsack: equal to brute force, never over the budget, and what cannot be met is said."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -80,6 +81,12 @@ def test_weights_of_any_size_hold_the_budget_and_are_near_the_best():
         cost, weight = totals(items, choose(items, budget))
         assert weight <= budget
         assert brute_force(items, budget) <= cost <= brute_force(items, budget * (1 - len(items) / BINS)) + 1e-12
+
+
+def test_a_hair_over_the_budget_is_over():
+    items = [[Option(0.0, math.pi), Option(cost, 0.0)] for cost in (1.0, 2.0, 3.0)]
+    assert choose(items, 2 * math.pi) == [1, 0, 0]
+    assert choose(items, 2 * math.pi * (1 - 1e-7)) == [1, 1, 0]
 
 
 def test_large_numbers_with_a_common_factor_are_exact():

@@ -15,9 +15,9 @@ from diffpress.prune.depth import Depth, DepthConfig
 from diffpress.prune.gates import Gated, GateLoss, GateSettings, draw_masks, grouped, learn_gates, masks_of
 from diffpress.prune.recorded import answer, arguments, mean_error, record
 from diffpress.prune.units import Unit, bypassed, find_units
-from diffpress.training import TrainingSettings, draw_of
+from diffpress.training import draw_of
 
-TRAINING = TrainingSettings(steps=120, batch_size=1, learning_rate=1e-4, warmup=0, ema=0.0, rank=2)
+SETTINGS = GateSettings(steps=120, rank=2)
 
 
 @pytest.fixture
@@ -140,13 +140,13 @@ def test_gradients_reach_logits(deep, calls):
     units = find_units(deep.denoiser, "block")
     for gone, moves in ((1, True), (0, False)):
         gated = Gated(copy.deepcopy(deep.denoiser).requires_grad_(False), grouped(units, gone, 4))
-        loss = GateLoss(calls, gated.options, GateSettings(training=TRAINING))
+        loss = GateLoss(calls, gated.options, SETTINGS)
         loss(gated, draw_of(0, seed=0, batch_size=1)).backward()
         assert bool(gated.scores[0].grad.abs().max() > 0) == moves
 
 
 def test_temperature_falls_from_hot_to_cold(calls):
-    loss = GateLoss(calls, 1, GateSettings(hot=4, cold=0.5, training=TRAINING))
+    loss = GateLoss(calls, 1, replace(SETTINGS, cold=0.5))
     assert (loss.tau(0), loss.tau(119)) == pytest.approx((4, 0.5))
     assert 0.5 < loss.tau(60) < 4
 
@@ -155,7 +155,7 @@ def test_temperature_falls_from_hot_to_cold(calls):
 def test_a_planted_identity_is_dropped(deep, context, tmp_path, planted):
     close_gates(deep.denoiser, planted)
     state = {name: value.clone() for name, value in deep.denoiser.state_dict().items()}
-    stage = Depth(DepthConfig(remove=0.25, criterion="gates", calls=2, gates=GateSettings(training=TRAINING)))
+    stage = Depth(DepthConfig(remove=0.25, criterion="gates", calls=2, gates=SETTINGS))
     stage.check(deep, context(deep).target)
     applied = stage.apply(deep, replace(context(deep), work=tmp_path))
     assert applied.metadata["removed"] == [f"transformer_blocks.{planted}"]
@@ -175,7 +175,7 @@ def test_gates_learn_beside_the_adapters_alone(deep, calls, context, tmp_path):
     units = find_units(deep.denoiser, "block")
     targets = [replace(call, output=answer(deep.denoiser, call).detach()) for call in calls]
     state = {name: value.clone() for name, value in deep.denoiser.state_dict().items()}
-    settings = GateSettings(training=replace(TRAINING, rank=None))
+    settings = replace(SETTINGS, rank=None)
     given = replace(context(deep), work=tmp_path)
     removed, kept = learn_gates(deep.denoiser, targets, units, 1, settings, given)
     assert [unit.name for unit in removed] == ["transformer_blocks.2"]
