@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import click
 
     from diffpress.compress.progress import RichProgress
-    from diffpress.compress.report import Latency, Report
+    from diffpress.compress.report import Report
 
 app = typer.Typer(
     name="diffpress",
@@ -244,8 +244,40 @@ def benchmark(
     diffpress benchmark demo --rounds 50
     """
     from diffpress.compress import runner
+    from diffpress.compress.tables import timing_table
 
-    _print_latency(runner.measure_latency(directory, rounds=rounds, progress=_progress()))
+    _print_table(*timing_table(runner.measure_latency(directory, rounds=rounds, progress=_progress())))
+
+
+@app.command()
+def profile(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'diffpress run' made, or an engine.")],
+    batch: Annotated[
+        int | None, typer.Option(help="Pictures at once.", show_default="1, or what the engine takes")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Runs that are timed, and calls of each engine.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for profile.json and profile.svg.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the JSON alone.")] = None,
+) -> None:
+    """Show where the time of the engine in DIR goes: by part, by layer and by kind of work.
+
+    [bold]Examples[/]
+
+    diffpress profile demo
+
+    diffpress profile demo --batch 4 --rounds 50 --output where
+    """
+    from diffpress.compress import tables
+    from diffpress.compress.profile import profile_engine
+    from diffpress.compress.profile_output import write_profile
+
+    found = profile_engine(directory, batch=batch, rounds=rounds, progress=_progress())
+    for table in (tables.parts_table, tables.layers_table, tables.honesty_table):
+        _print_table(*table(found))
+    for file in write_profile(found, output, json_file):
+        typer.echo(str(file))
 
 
 @app.command()
@@ -313,25 +345,6 @@ def _show_artifact(directory: Path) -> None:
     rows.append((f"export {report.engine.target}", facts, f"{report.engine.seconds:.1f} s"))
     _print_table(("stage", "result", "time"), rows)
     _out.print(f"{report.verdict.outcome}: {report.verdict.headline}", highlight=False)
-
-
-def _print_latency(rows: Iterable[Latency]) -> None:
-    from diffpress.compress.figures import candidate_name
-    from diffpress.compress.verdict import with_interval
-
-    columns = ("scope", "candidate", "batch", "median, ms", "95 %, ms", "speed-up over eager")
-    lines = (
-        (
-            row.scope,
-            candidate_name(row.candidate),
-            str(row.batch),
-            with_interval(row.median),
-            f"{row.p95_ms:.1f}",
-            with_interval(row.speedup) if row.speedup else "–",
-        )
-        for row in rows
-    )
-    _print_table(columns, lines)
 
 
 def _print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:

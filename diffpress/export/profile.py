@@ -137,6 +137,29 @@ def predicted_latency(table: Mapping[str, float], removed: Iterable[str]) -> flo
     return table[""] - sum(table[name] for name in outermost)
 
 
+def open_denoiser(
+    generator: Generator, settings: ExportConfig, folder: Path, *, plan: SamplingPlan, conditions: Sequence[Any]
+) -> tuple[Session, dict[str, Tensor]]:
+    """The denoiser as it is now, exported to ``folder`` and running, and its first call for one picture.
+
+    For as many pictures as the engine takes where that number is fixed. Other parts are not exported, and nothing is
+    compared with torch. Raises EngineError and ConfigError as an export does.
+    """
+    batch = None if settings.batch == "dynamic" else settings.batch
+    images = [conditions[index % len(conditions)] for index in range(batch or 1)]
+    parts = find_components(generator, conditions, plan, batch=batch, any_size=settings.size == "dynamic")
+    part = next(part for part in parts if part.role == "denoiser")
+    call = generator.record(images, seeds=range(len(images)), plan=plan, limit=1)[0]
+    training = generator.denoiser.training
+    export_part(generator, part, folder, settings)
+    generator.denoiser.train(training)
+    path = folder / part.folder / "model.onnx"
+    session = open_session(
+        path, target=settings.target, providers=settings.providers, compute=settings.compute, trusted=True
+    )
+    return session, flatten_inputs(call.inputs)
+
+
 def layer_latency(
     generator: Generator,
     settings: ExportConfig,
@@ -147,21 +170,10 @@ def layer_latency(
 ) -> dict[str, float]:
     """Milliseconds of one denoiser call on the engine that ``settings`` ask for, by submodule of the denoiser.
 
-    Exports the denoiser as it is now to a folder that does not stay, and times it on the first recorded call for one
-    picture (for as many as the engine takes). See `latency_table`. Raises what export and `profile` raise.
+    Exports the denoiser as it is now to a folder that does not stay, and times it on the call of `open_denoiser`. See
+    `latency_table`. Raises what those and `profile` raise.
     """
-    batch = None if settings.batch == "dynamic" else settings.batch
-    images = [conditions[index % len(conditions)] for index in range(batch or 1)]
-    parts = find_components(generator, conditions, plan, batch=batch, any_size=settings.size == "dynamic")
-    part = next(part for part in parts if part.role == "denoiser")
-    call = generator.record(images, seeds=range(len(images)), plan=plan, limit=1)[0]
-    training = generator.denoiser.training
     with tempfile.TemporaryDirectory() as folder:
-        export_part(generator, part, Path(folder), settings)
-        generator.denoiser.train(training)
-        path = Path(folder) / part.folder / "model.onnx"
-        session = open_session(
-            path, target=settings.target, providers=settings.providers, compute=settings.compute, trusted=True
-        )
-        found = profile(session, flatten_inputs(call.inputs), rounds=rounds)
+        session, inputs = open_denoiser(generator, settings, Path(folder), plan=plan, conditions=conditions)
+        found = profile(session, inputs, rounds=rounds)
     return latency_table(found, (name for name, _ in generator.denoiser.named_modules()))

@@ -24,7 +24,7 @@ from diffpress.errors import ArtifactError, ConfigError, InfrastructureError, No
 from diffpress.generator import SamplingPlan
 from diffpress.progress import SILENT
 
-COMMANDS = ("ls", "cp", "validate", "run", "generate", "evaluate", "benchmark", "check")
+COMMANDS = ("ls", "cp", "validate", "run", "generate", "evaluate", "benchmark", "profile", "check")
 
 
 def invoke(*arguments):
