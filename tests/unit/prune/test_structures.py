@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -171,3 +172,52 @@ def test_masks_leave_nothing_behind(dit, hooks_of):
     with masked(structures, half(structures)):
         assert hooks_of(dit.denoiser) == 4
     assert hooks_of(dit.denoiser) == 0
+
+
+def pixart():
+    network = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
+    given = {"encoder_hidden_states": torch.randn(2, 5, 12), "encoder_attention_mask": torch.ones(2, 5)}
+    return network, {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 900]), **given}
+
+
+def sd3():
+    network = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=6,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    given = {"encoder_hidden_states": torch.randn(2, 5, 12), "pooled_projections": torch.randn(2, 6)}
+    return network, {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3.0, 900.0]), **given}
+
+
+@pytest.mark.parametrize(("make", "count"), [(pixart, 6), (sd3, 5)])  # the last block of SD3 ends the text's stream
+def test_other_families(make, count, relative):
+    torch.manual_seed(0)
+    network, inputs = make()
+    fill_zeros(network)
+    structures = find_structures(network, KINDS)
+    assert len(structures) == count
+    with torch.no_grad():
+        with masked(structures, half(structures)):
+            expected = network(**inputs, return_dict=False)[0]
+        assert relative(network(**inputs, return_dict=False)[0], expected) > 1e-3
+        for name, units in half(structures).items():
+            structures[name].narrow(units)
+        assert relative(network(**inputs, return_dict=False)[0], expected) < 1e-5
