@@ -6,6 +6,8 @@ from diffpress.distill.recover import Recover
 from diffpress.distill.reflow import Reflow
 from diffpress.prune.depth import Depth
 from diffpress.prune.schedule import ScheduleSearch
+from diffpress.prune.steps import Steps
+from diffpress.prune.tokens import Tokens
 from diffpress.prune.width import Width
 from diffpress.quantize.int8 import Int8
 from diffpress.quantize.reparam import Reparam
@@ -20,6 +22,8 @@ METHODS: dict[str, type[Stage]] = {
     "prune.depth": Depth,
     "prune.recover": Recover,
     "prune.schedule": ScheduleSearch,
+    "prune.steps": Steps,
+    "prune.tokens": Tokens,
     "prune.width": Width,
     "quantize.int8": Int8,
     "quantize.reparam": Reparam,

@@ -194,8 +194,8 @@ def compared(
         if _shapes(student.state_dict().values()) == _shapes(teacher.state_dict().values()) and torch.equal(*outputs):
             raise ConfigError("the denoiser is the original's: there is nothing to recover; allowed: after pruning")
         kept = [(a, b) for a, b in places if ours.get(a) and _shapes(ours[a]) == _shapes(theirs.get(b, ()))]
-        if len(kept) < len(places):
-            logger.warning("prune.recover: %d of %d blocks' ends are compared", len(kept), len(places))
+        say = logger.warning if places and not kept else logger.info
+        say("prune.recover: %d of %d blocks' ends are compared", len(kept), len(places))
         yield Ends(kept, ours, theirs)
 
 

@@ -26,13 +26,14 @@ def test_pruned_and_recovered_towards_the_original(dit_folder, tmp_path, monkeyp
     apply = Recover.apply
 
     def kept(self, generator, context):
-        applied.append((len(generator.denoiser.transformer_blocks), apply(self, generator, context)))
+        sizes = [sum(p.numel() for p in each.denoiser.parameters()) for each in (generator, context.original())]
+        applied.append((sizes, apply(self, generator, context)))
         return applied[0][1]
 
     monkeypatch.setattr(Recover, "apply", kept)
     monkeypatch.setattr(processes, "first", lambda: False)  # stages alone: no engine, no report
     recipe = {"stages": stages, "calibration": {"samples": 2, "steps": 2}, "evaluate": {"samples": 2}}
     assert diffpress.compress(dit_folder, recipe, tmp_path / "out") is None
-    blocks, result = applied[0]
-    assert blocks == 1
+    (pruned, original), result = applied[0]
+    assert pruned < original
     assert result.metadata["pruned_error"] > 0.01
