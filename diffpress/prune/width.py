@@ -128,6 +128,11 @@ class Width:
     def check(self, generator: Generator, target: Target) -> None:
         """Raises ConfigError where nothing can go, layers are not plain, or too few parameters should be left."""
         structures = self._structures(generator.denoiser)
+        keep, align = self.config.keep, self.config.align
+        if keep is not None and keep < 1:
+            counts = uniform_counts(structures, keep, align)
+            if all(count == structures[name].units for name, count in counts.items()):
+                raise ConfigError(f"keep {keep:g} leaves every width as it is in multiples of {align}; allowed: less")
         if self.config.parameters is not None:
             self._room(structures, parameters_per_unit(structures), _parameters(generator.denoiser), "parameters")
 

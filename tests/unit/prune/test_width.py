@@ -201,6 +201,8 @@ def test_settings_that_are_refused(settings, message):
 
 
 def test_generators_that_are_refused(dit, context):
+    with pytest.raises(ConfigError, match=r"keep 0\.95 leaves every width as it is in multiples of 16; allowed: less"):
+        Width(WidthConfig(keep=0.95)).check(dit, TARGET)
     with pytest.raises(ConfigError, match="DiTTransformer2DModel has no resnet that can be narrowed"):
         Width(WidthConfig(keep=0.5, kinds=("resnet",))).check(dit, TARGET)
     Int8(Int8Config()).apply(dit, context(dit))
