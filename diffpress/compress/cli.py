@@ -195,7 +195,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Sampling steps.", show_default="what an engine was distilled for, or 20"),
+        typer.Option(min=1, max=1000, help="Sampling steps.", show_default="what an engine was made for, or 20"),
     ] = None,
     guidance_scale: Annotated[
         float | None,

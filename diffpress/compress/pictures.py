@@ -34,7 +34,7 @@ def generate_pictures(
     """Sample one picture for each seed into ``output`` and return the files, ``0007-red-apple.png``.
 
     ``source`` is an artifact folder, or a model that `Generator.load` takes. ``prompts`` (or classes; None: the
-    generator's own) are used in turn. None for ``steps`` and ``guidance_scale`` is what an engine was distilled for, or
+    generator's own) are used in turn. None for ``steps`` and ``guidance_scale`` is what an engine was made for, or
     else 20 and 3. Raises `ConfigError` where a file exists already.
     """
     if output.exists() and not output.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +93,8 @@ def measure(
 
     def denoise(candidate: Candidate) -> Callable[[], object]:
         denoiser = candidate.generator.denoiser
-        recorded = original.record(conditions, seeds=range(batch), plan=plans[candidate], limit=1)[0]
+        plan = dataclasses.replace(plans[candidate], timesteps=None)  # the original's scheduler may take no grid
+        recorded = original.record(conditions, seeds=range(batch), plan=plan, limit=1)[0]
         inputs = pytree.tree_map_only(
             Tensor, lambda x: x.to(denoiser.dtype) if x.is_floating_point() else x, recorded.inputs
         )

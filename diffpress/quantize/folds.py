@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU, SwiGLU
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -94,19 +94,26 @@ def find_folds(model: nn.Module) -> list[Fold]:
 
 
 def _block_folds(name: str, block: BasicTransformerBlock) -> Iterator[Fold]:
+    """Of the attentions and the MLP that the block has: a pruned one is neither."""
+    attention, cross = (isinstance(layer, Attention) for layer in (block.attn1, block.attn2))
+    mlp = isinstance(block.ff, FeedForward)
     if isinstance(block.norm1, AdaLayerNormZero) and block.norm1.linear.bias is not None:
-        yield _modulated_fold(f"{name}.norm1", block.norm1.linear, _queries(block.attn1), shift=0, scale=1)
-        yield _value_fold(f"{name}.attn1", block.attn1)
-        yield _modulated_fold(f"{name}.norm3", block.norm1.linear, _first(block), shift=3, scale=4)
-    elif block.use_layer_norm and block.norm1.elementwise_affine:
-        yield _affine_fold(f"{name}.norm1", block.norm1, _queries(block.attn1))
-        yield _value_fold(f"{name}.attn1", block.attn1)
-        if block.attn2 is not None:
+        if attention:
+            yield _modulated_fold(f"{name}.norm1", block.norm1.linear, _queries(block.attn1), shift=0, scale=1)
+            yield _value_fold(f"{name}.attn1", block.attn1)
+        if mlp:
+            yield _modulated_fold(f"{name}.norm3", block.norm1.linear, _first(block), shift=3, scale=4)
+    elif block.use_layer_norm and block.norm_elementwise_affine:
+        if attention:
+            yield _affine_fold(f"{name}.norm1", block.norm1, _queries(block.attn1))
+            yield _value_fold(f"{name}.attn1", block.attn1)
+        if cross:
             own = _queries(block.attn2) if block.attn2.cross_attention_dim is None else (block.attn2.to_q,)
             yield _affine_fold(f"{name}.norm2", block.norm2, own)
             yield _value_fold(f"{name}.attn2", block.attn2)
-        yield _affine_fold(f"{name}.norm3", block.norm3, _first(block))
-    if isinstance(block.ff.net[0], GEGLU | SwiGLU):
+        if mlp:
+            yield _affine_fold(f"{name}.norm3", block.norm3, _first(block))
+    if mlp and isinstance(block.ff.net[0], GEGLU | SwiGLU):
         gated = block.ff.net[0].proj  # its first half is multiplied by the activated second half
         yield Fold(f"{name}.ff.net.2", (block.ff.net[2],), lambda r: divide_rows(gated, r))
 
