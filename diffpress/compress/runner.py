@@ -28,6 +28,7 @@ from diffpress.errors import ArtifactError, SlowEngineError
 from diffpress.eval.latency import size_on_disk
 from diffpress.eval.machine import describe_machine
 from diffpress.export import check_export, export, load
+from diffpress.export.profile import layer_latency
 from diffpress.generator import Generator
 from diffpress.progress import SILENT, Progress
 from diffpress.stage import Context, Stage
@@ -89,6 +90,12 @@ class Run:
             work=work,
             train_seed=self.recipe.seed + evaluation.TRAINING_SEED,
             original=partial(load_original, self.recipe),
+            latency=partial(
+                layer_latency,
+                settings=self.recipe.export,
+                plan=plan,
+                conditions=evaluation.conditions_of(self.recipe, self.original, 2),
+            ),
         )
 
     def base_key(self) -> str:
