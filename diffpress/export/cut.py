@@ -1,8 +1,9 @@
 """The denoiser's graph cut in pieces for feature caching: static graphs, none with a branch; the host decides.
 
-schedule: ``model.onnx`` gives the output and what is kept, ``reuse/model.onnx`` takes what was kept in the place of all
-that is left out. threshold: ``first/`` ends at h_a, ``rest/`` goes on from there to the output and to what is kept,
-``last/`` to the output from h_a and what was kept; ``model.onnx`` is the whole network beside them.
+schedule: ``full/`` gives the output and what is kept, ``reuse/`` takes what was kept in the place of all that is left
+out. threshold: ``first/`` ends at h_a, ``rest/`` goes on from there to the output and to what is kept, ``last/`` to the
+output from h_a and what was kept. Beside them ``model.onnx`` stays the plain network, as other loaders expect it (a
+second output would mislead optimum's); it is not opened where the pieces are.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from diffpress.export.graph import export_graph, save_graph
 
 OUTPUT = "out_sample"
 WHOLE = ""
-PIECES = {"schedule": (WHOLE, "reuse"), "threshold": ("first", "rest", "last")}
-"""The graphs that a policy runs, by the folder below the denoiser's; the empty name is ``model.onnx`` itself."""
+"""The plain network, ``model.onnx`` itself."""
+PIECES = {"schedule": ("full", "reuse"), "threshold": ("first", "rest", "last")}
+"""The graphs that a policy runs, by their folder below the denoiser's."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -52,9 +54,9 @@ def export_pieces(
         )
     shapes |= {name.replace("end.", "cache."): shape for name, shape in shapes.items() if name.startswith("end.")}
     written = {}
-    for piece in dict.fromkeys((WHOLE, *PIECES[policy.kind])):
+    for piece in (WHOLE, *PIECES[policy.kind]):
         model = ir.load(traced)
-        cut_piece(model, policy.cut, policy.kind, piece)
+        cut_piece(model, policy.cut, piece)
         path = piece_path(folder, piece)
         save_graph(model, path)
         written[path] = {name: shapes[name] for name in (value.name for value in model.graph.inputs) if name}
@@ -63,21 +65,17 @@ def export_pieces(
     return written
 
 
-def cut_piece(model: ir.Model, cut: Cut, kind: str, piece: str) -> None:
+def cut_piece(model: ir.Model, cut: Cut, piece: str) -> None:
     """Make one piece of the traced graph, whose outputs are out_sample, origin, start.i and end.i, in place."""
     at_cut = _AtCut(model.graph, cut)
-    if piece == "reuse":
-        outputs = at_cut.reuse()
-    elif piece == "first":
+    if piece in ("rest", "last"):
+        at_cut.resume()
+    if piece == "first":
         outputs = at_cut.first()
-    elif piece == "rest":
-        at_cut.resume()
-        outputs = [at_cut.output, *at_cut.kept()]
-    elif piece == "last":
-        at_cut.resume()
+    elif piece in ("reuse", "last"):
         outputs = at_cut.reuse()
     else:
-        outputs = [at_cut.output, *(at_cut.kept() if kind == "schedule" else [])]
+        outputs = [at_cut.output, *(at_cut.kept() if piece != WHOLE else ())]
     model.graph.outputs.extend(outputs)
     RemoveUnusedNodesPass()(model)
     for value in list(model.graph.inputs):

@@ -17,7 +17,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from diffpress.caching import CachePolicy, Caches
 from diffpress.errors import EngineError
 from diffpress.export.components import flatten_inputs
-from diffpress.export.cut import WHOLE
 from diffpress.export.session import Session
 
 
@@ -95,7 +94,7 @@ class CachedEngineDenoiser(EngineDenoiser):
             given |= start
             if decision == "test":
                 decision = "reuse" if state.passes(residual) else "compute"
-        full, short = ("rest", "last") if self.caches.policy.kind == "threshold" else (WHOLE, "reuse")
+        full, short = ("rest", "last") if self.caches.policy.kind == "threshold" else ("full", "reuse")
         if decision == "reuse":
             kept = {f"cache.{i}": tensor for i, tensor in zip(self._numbers(full), state.predict(), strict=True)}
             return run_session(self.pieces[short], given | kept)

@@ -58,9 +58,9 @@ def traced(**names):
     return model
 
 
-def made(piece, kind, cut=BLOCKS):
+def made(piece, cut=BLOCKS):
     model = traced()
-    cut_piece(model, cut, kind, piece)
+    cut_piece(model, cut, piece)
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     return proto
@@ -77,7 +77,7 @@ def names_of(proto):
 
 
 def test_pieces_of_a_schedule():
-    full, reuse = made("", "schedule"), made("reuse", "schedule")
+    full, reuse = made("full"), made("reuse")
     assert compute(full, x=1, t=5, y=7) == {"out_sample": (12 * 7 + 5) * 5, "cache.0": 12 * 7 + 5 - 4}
     assert names_of(reuse) == ["x", "t", "cache.0"]
     assert compute(reuse, x=2, t=3, **{"cache.0": 85}) == {"out_sample": (6 + 85) * 3}
@@ -86,7 +86,7 @@ def test_pieces_of_a_schedule():
 
 
 def test_pieces_of_a_test():
-    whole, first, rest, last = (made(piece, "threshold") for piece in ("", "first", "rest", "last"))
+    whole, first, rest, last = (made(piece) for piece in ("", "first", "rest", "last"))
     assert list(compute(whole, x=1, t=5, y=7)) == ["out_sample"]
     assert names_of(first) == ["x"]
     assert compute(first, x=1) == {"start.0": 4, "residual": 2}
@@ -98,7 +98,7 @@ def test_pieces_of_a_test():
 
 
 def test_a_feature_that_is_kept_itself():
-    full, reuse = made("", "schedule", LAYER), made("reuse", "schedule", LAYER)
+    full, reuse = made("full", LAYER), made("reuse", LAYER)
     assert compute(full, x=1, t=5, y=7) == {"out_sample": 89 * 5, "cache.0": 89}
     assert names_of(reuse) == ["t", "cache.0"]
     assert compute(reuse, t=3, **{"cache.0": 89}) == {"out_sample": 89 * 3}
@@ -108,7 +108,7 @@ def test_an_end_that_nothing_reads():
     model = traced(end="h_b", outputs="origin, float[n] h_a, float[n] out_copy")
     model.graph.outputs[-1].name = "end.0"
     with pytest.raises(EngineError, match="nothing in the exported graph reads the output of c"):
-        cut_piece(model, BLOCKS, "schedule", "reuse")
+        cut_piece(model, BLOCKS, "reuse")
 
 
 # with networks
@@ -157,7 +157,7 @@ def test_engines_follow_torch(cut_engines, case, target):
     assert parity.error < 1e-5
     folder = folder / generator.denoiser_name
     found = {path.relative_to(folder).parent.as_posix() for path in written}
-    assert found == {".", *PIECES[generator.cache.kind]} - {""}
+    assert found == {".", *PIECES[generator.cache.kind]}
     assert not list(folder.glob("traced*"))
 
 
@@ -206,10 +206,10 @@ def test_the_short_graph_holds_the_shallow_layers_only(cut_engines):
 def test_a_wrong_sign_in_a_piece_is_caught(cut_engines, tmp_path):
     generator, folder, _ = cut_engines("dit")
     copy = shutil.copytree(folder, tmp_path / "copy")
-    model = onnx.load(copy / "transformer/model.onnx")
+    model = onnx.load(copy / "transformer/full/model.onnx")
     node = next(node for node in model.graph.node if node.output[0] == "cache.0")
     node.input[:] = node.input[::-1]
-    onnx.save(model, copy / "transformer/model.onnx")
+    onnx.save(model, copy / "transformer/full/model.onnx")
     with pytest.raises(ParityError, match="transformer, cached: the engine differs from torch"):
         prove(generator, copy)
 
@@ -291,6 +291,13 @@ def test_in_8_bits(int8_built):
 
 
 @pytest.mark.slow
+def test_the_plain_graph_beside_the_pieces_has_one_output(ddpm_built):
+    """Other loaders take the last output for the sample."""
+    graph = onnx.load(ddpm_built[1].folder / "unet/model.onnx").graph
+    assert [value.name for value in graph.output] == ["out_sample"]
+
+
+@pytest.mark.slow
 def test_a_loaded_engine_draws_what_torch_does_with_the_policy(ddpm_built, ddpm_folder, relative):
     generator, built = ddpm_built
     engine = Generator(load(built.folder))
@@ -357,7 +364,7 @@ def test_branches_that_are_called_in_turns_have_caches_of_their_own():
     full = Fake(["sample", "y"], ["out_sample", "cache.0"], lambda x, y: [x + y, y])
     reuse = Fake(["sample", "cache.0"], ["out_sample"], lambda x, kept: [x + 10 * kept])
     policy = CachePolicy(cut=LAYER, kind="schedule", timesteps=(3.0, 2.0), computed=(True, False))
-    engine = CachedEngineDenoiser({"": full, "reuse": reuse}, {}, ["sample", "timestep", "y"], policy)
+    engine = CachedEngineDenoiser({"full": full, "reuse": reuse}, {}, ["sample", "timestep", "y"], policy)
     found = {}
     for timestep in (3.0, 2.0):
         for name, y in (("cond", 1.0), ("uncond", 2.0)):
