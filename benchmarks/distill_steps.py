@@ -8,8 +8,8 @@ All are folders that ``diffpress run`` made, so every picture comes through a bu
 each solver at each number of steps, students as they were distilled for; all start from the same noise. Fréchet
 distance and coverage are against the reference of the teacher's recipe, the paired error against the teacher with
 DPM-Solver++(2M) at the most steps. Latency is one picture, batch 1, all candidates in turns. Label agreement is of
-`models/emoji-features`, where conditions are its classes. The result is written after every candidate, and the same
-command goes on from there.
+`models/emoji-features`, where conditions are its classes or names of emoji. The result is written after every
+candidate, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SOLVERS = {
 }
 STEPS = (1, 2, 4, 6, 8, 12, 20, 50)
 SEED = 77_000_000
-EVAL = Path(__file__).resolve().parents[1] / "models"
+MODELS = Path(__file__).resolve().parents[1] / "models"
 
 
 def candidates(teacher: Generator, options: argparse.Namespace, guidance: float) -> dict[str, tuple[Generator, Any]]:
@@ -80,14 +80,24 @@ def trailing(generator: Generator) -> None:
     generator.pipeline.scheduler = type(generator.pipeline.scheduler).from_config(config)
 
 
-def agreement(features: np.ndarray, conditions: list) -> list[float] | None:
+def classes_of(conditions: list) -> np.ndarray | None:
+    """The classifier's class of each condition, a class or the name of an emoji; None where one is neither."""
+    if all(isinstance(condition, int) for condition in conditions):
+        return np.asarray(conditions)
+    import emoji
+
+    _, names, classes = emoji.load()
+    known = {item.name: classes.index(item.subgroup) for item in names}
+    return np.asarray([known[name] for name in conditions]) if known.keys() >= set(conditions) else None
+
+
+def agreement(features: np.ndarray, classes: np.ndarray | None) -> list[float] | None:
     """Share of pictures that the classifier puts into the class asked for, with its 95 % interval."""
-    if not all(isinstance(condition, int) for condition in conditions):
+    if classes is None:
         return None
-    sys.path.insert(0, str(EVAL))
     from evaluate import agreement
 
-    found = agreement(features, np.asarray(conditions))
+    found = agreement(features, classes)
     return [found["agreement"], *found["95 % interval"]]
 
 
@@ -127,6 +137,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     path, mark, part = (recipe.evaluate.reference or "").partition("#")
     reference = load_reference(f"{find_path(path)}{mark}{part}", extractor).values
     found = candidates(teacher, options, recipe.evaluate.guidance_scale)
+    sys.path.insert(0, str(MODELS))
+    classes = classes_of(conditions)
     settings = {"samples": options.samples, "guidance": recipe.evaluate.guidance_scale, "seed": SEED}
     data: dict[str, Any] = {"settings": settings, "machine": describe_machine(), "candidates": {}}
     if options.output.is_file():
@@ -153,7 +165,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "paired error": dataclasses.asdict(
                 mean_interval(relative_error(pictures[best].latents, samples.latents), unit="x")
             ),
-            "label agreement": agreement(features, conditions),
+            "label agreement": agreement(features, classes),
         }
         data["candidates"][name] = row
         write_json(options.output, data)

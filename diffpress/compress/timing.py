@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -93,8 +92,8 @@ def measure(
 
     def denoise(candidate: Candidate) -> Callable[[], object]:
         denoiser = candidate.generator.denoiser
-        plan = dataclasses.replace(plans[candidate], timesteps=None)  # the original's scheduler may take no grid
-        recorded = original.record(conditions, seeds=range(batch), plan=plan, limit=1)[0]
+        source = original if candidate.generator.plan is None else candidate.generator  # with a plan: its own timesteps
+        recorded = source.record(conditions, seeds=range(batch), plan=plans[candidate], limit=1)[0]
         inputs = pytree.tree_map_only(
             Tensor, lambda x: x.to(denoiser.dtype) if x.is_floating_point() else x, recorded.inputs
         )

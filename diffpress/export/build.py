@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffpress.errors import ConfigError, MissingDependencyError
 from diffpress.export.components import Component, Flat, find_components, flatten_inputs, plain_attention
 from diffpress.export.cut import export_pieces
+from diffpress.export.fold import TIMESTEP
 from diffpress.export.graph import export_graph
 from diffpress.export.parity import Parity, check_compute, check_precision, compare, compare_resized, tolerance_of
 from diffpress.export.replay import prove_cache
@@ -90,11 +91,13 @@ def export(
     batch = None if settings.batch == "dynamic" else settings.batch
     parts = find_components(generator, conditions, plan, batch=batch, any_size=settings.size == "dynamic")
     with progress.task("Exporting", total=2 * len(parts)) as advance:
-        for part in parts:
-            _export_part(generator, part, folder, settings)
-            advance(1)
-        _write_pipeline(generator, parts, folder, settings, plan)
         calls = _denoiser_calls(generator, conditions, plan, batch or 1)
+        told = timesteps_of(inputs for inputs, _ in calls) if settings.timesteps == "plan" else None
+        for part in parts:
+            export_part(generator, part, folder, settings, told)
+            advance(1)
+        _write_pipeline(generator, parts, folder, settings, plan, told)
+        calls = calls[:: max(1, len(calls) // PARITY_CALLS)]
         results = []
         for part in parts:
             results.append(_prove(generator, part, folder, settings, calls))
@@ -119,27 +122,38 @@ def quantized_layers(module: nn.Module) -> int:
     )
 
 
-def _export_part(generator: Generator, part: Component, folder: Path, settings: ExportConfig) -> None:
+def timesteps_of(calls: Iterable[dict[str, Tensor]]) -> list[float]:
+    """What the denoiser is told of the time in a run, each once, by the inputs of its calls.
+
+    Raises ConfigError for a network that is told no ``timestep``.
+    """
+    found = [inputs[TIMESTEP].flatten()[0].item() for inputs in calls if TIMESTEP in inputs]
+    if not found:
+        raise ConfigError("export: timesteps 'plan', but the denoiser has no input called timestep; allowed: any")
+    return list(dict.fromkeys(found))
+
+
+def export_part(
+    generator: Generator,
+    part: Component,
+    folder: Path,
+    settings: ExportConfig,
+    timesteps: list[float] | None = None,
+) -> None:
+    """Write the graph of one part below ``folder``; ``timesteps`` are all that its engine will see, None for any."""
     module = getattr(generator.pipeline, part.attribute)
     path = folder / part.folder / "model.onnx"
     on_cpu = settings.target == "onnxruntime" and runs_on_cpu(settings.providers)
     inputs = part.flat_inputs()
+    given: dict[str, Any] = {"opset": settings.opset, "for_onnxruntime_cpu": on_cpu}
+    if part.role == "denoiser":
+        given["timesteps"] = timesteps
     if part.role == "denoiser" and generator.cache is not None:
-        files = export_pieces(
-            module, part, generator.cache, path.parent, opset=settings.opset, for_onnxruntime_cpu=on_cpu
-        )
+        files = export_pieces(module, part, generator.cache, path.parent, **given)
     else:
         files = {path: {name: tuple(tensor.shape) for name, tensor in inputs.items()}}
         with plain_attention(module):
-            export_graph(
-                Flat(module, part).eval(),
-                inputs,
-                list(part.outputs),
-                path,
-                free=part.free,
-                opset=settings.opset,
-                for_onnxruntime_cpu=on_cpu,
-            )
+            export_graph(Flat(module, part).eval(), inputs, list(part.outputs), path, free=part.free, **given)
     known = module.config if isinstance(module.config, dict) else module.config.to_dict()
     known = {name: value for name, value in known.items() if name != "_name_or_path"}  # where the checkpoint lay
     (path.parent / "config.json").write_text(json.dumps(known, indent=2, sort_keys=True, default=str) + "\n")
@@ -174,7 +188,12 @@ def _profile(shape: tuple[int, ...], free: dict[int, str]) -> tuple[tuple[int, .
 
 
 def _write_pipeline(
-    generator: Generator, parts: list[Component], folder: Path, settings: ExportConfig, plan: SamplingPlan
+    generator: Generator,
+    parts: list[Component],
+    folder: Path,
+    settings: ExportConfig,
+    plan: SamplingPlan,
+    timesteps: list[float] | None,
 ) -> None:
     """model_index.json, what is not an engine (scheduler, tokenizers), and our manifest."""
     pipeline, engines = generator.pipeline, {part.attribute for part in parts}
@@ -192,6 +211,7 @@ def _write_pipeline(
         "parts": [{"role": part.role, "folder": part.folder, "attribute": part.attribute} for part in parts],
         "plan": dataclasses.asdict(plan),
         "distilled": generator.plan is not None,
+        "timesteps": timesteps,
         "cache": None if generator.cache is None else dataclasses.asdict(generator.cache),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
@@ -205,11 +225,10 @@ def _copy_vocabulary(generator: Generator, name: str, folder: Path) -> None:
 
 
 def _denoiser_calls(generator: Generator, conditions: Sequence[Any], plan: SamplingPlan, count: int) -> list:
-    """Recorded calls spread over the schedule, as (flat inputs, outputs)."""
+    """The calls of one run, as (flat inputs, outputs)."""
     pool = [conditions[index % len(conditions)] for index in range(count)]
     calls = generator.record(pool, seeds=range(count), plan=plan)
-    chosen = calls[:: max(1, len(calls) // PARITY_CALLS)]
-    return [(flatten_inputs(call.inputs), {"out_sample": call.output}) for call in chosen]
+    return [(flatten_inputs(call.inputs), {"out_sample": call.output}) for call in calls]
 
 
 def _prove(

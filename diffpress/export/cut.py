@@ -9,6 +9,7 @@ second output would mislead optimum's); it is not opened where the pieces are.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -35,9 +36,9 @@ def piece_path(folder: Path, piece: str) -> Path:
 
 
 def export_pieces(
-    module: nn.Module, component: Component, policy: CachePolicy, folder: Path, *, opset: int, for_onnxruntime_cpu: bool
+    module: nn.Module, component: Component, policy: CachePolicy, folder: Path, **settings: Any
 ) -> dict[Path, Shapes]:
-    """Trace ``module`` once and write its pieces below ``folder``.
+    """Trace ``module`` once and write its pieces below ``folder``; ``settings`` are those of `export_graph`.
 
     Returns the files, each with the recorded shapes of its inputs; the first axis of those that the component has not
     is the batch. Raises EngineError when the trace does not show the cut.
@@ -49,9 +50,7 @@ def export_pieces(
             flat(*inputs.values())
         names = [*component.outputs, *tensors]
         shapes = {name: tuple(tensor.shape) for name, tensor in (inputs | tensors).items()}
-        export_graph(
-            flat, inputs, names, traced, free=component.free, opset=opset, for_onnxruntime_cpu=for_onnxruntime_cpu
-        )
+        export_graph(flat, inputs, names, traced, free=component.free, **settings)
     shapes |= {name.replace("end.", "cache."): shape for name, shape in shapes.items() if name.startswith("end.")}
     written = {}
     for piece in (WHOLE, *PIECES[policy.kind]):

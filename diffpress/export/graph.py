@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffpress.errors import EngineError
 from diffpress.export.components import Free
+from diffpress.export.fold import fold_timesteps
 from diffpress.export.passes import contrib_attention, drop_void_squeezes, fuse_products
 from diffpress.export.scopes import node_name, submodules
 
@@ -30,12 +31,14 @@ def export_graph(
     free: Free,
     opset: int,
     for_onnxruntime_cpu: bool = False,
+    timesteps: Sequence[float] | None = None,
 ) -> None:
     """Write ``module`` as ``path`` (and ``path``.data when large).
 
     ``free`` names the axes left dynamic, by input. Standard operators only, unless ``for_onnxruntime_cpu`` allows
-    those that ONNX Runtime's CPU kernels add. The same module gives the same bytes: what the exporter notes about
-    source files and call stacks is left out. Raises EngineError when the exporter cannot trace the module.
+    those that ONNX Runtime's CPU kernels add. ``timesteps`` are all that it will ever be called with (see
+    `fold_timesteps`), None for any. The same module gives the same bytes: what the exporter notes about source files
+    and call stacks is left out. Raises EngineError when the exporter cannot trace the module.
     """
     shapes = tuple(dict.fromkeys(free.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     attention = contrib_attention() if for_onnxruntime_cpu else contextlib.nullcontext()
@@ -57,6 +60,8 @@ def export_graph(
     if for_onnxruntime_cpu:
         fuse_products(model)
     drop_void_squeezes(model)
+    if timesteps is not None:
+        fold_timesteps(model, timesteps)
     clean(model)
     _name_axes(model, free)
     save_graph(model, path)

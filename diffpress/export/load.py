@@ -111,10 +111,15 @@ def _policy(manifest: dict[str, Any]) -> CachePolicy | None:
 def _engines(parts: dict[str, Any], manifest: dict[str, Any], policy: CachePolicy | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for sessions, settings, part in parts.values():
-        if part["role"] == "denoiser" and policy is not None:
-            found[part["attribute"]] = CachedEngineDenoiser(sessions, settings, manifest["parameters"], policy)
-        elif part["role"] == "denoiser":
-            found[part["attribute"]] = EngineDenoiser(sessions[WHOLE], settings, manifest["parameters"])
+        if part["role"] == "denoiser":
+            names = manifest["parameters"]
+            denoiser = (
+                EngineDenoiser(sessions[WHOLE], settings, names)
+                if policy is None
+                else CachedEngineDenoiser(sessions, settings, names, policy)
+            )
+            denoiser.timesteps = manifest.get("timesteps")
+            found[part["attribute"]] = denoiser
         elif part["role"] == "text":
             found[part["attribute"]] = EngineTextEncoder(sessions[WHOLE], settings)
         elif part["role"] == "decoder":

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from diffpress.caching import CachePolicy, Caches
 from diffpress.errors import EngineError
 from diffpress.export.components import flatten_inputs
+from diffpress.export.fold import TIMESTEP
 from diffpress.export.session import Session
 
 
@@ -51,7 +52,12 @@ class EngineModule(nn.Module):
 
 
 class EngineDenoiser(EngineModule):
-    """A transformer or U-Net. ``parameters`` are the argument names of the original's forward, in order."""
+    """A transformer or U-Net. ``parameters`` are the argument names of the original's forward, in order.
+
+    ``timesteps`` are all that the engine knows; None for any.
+    """
+
+    timesteps: list[float] | None = None
 
     def __init__(self, session: Session, config: dict[str, Any], parameters: list[str]) -> None:
         super().__init__(session, config)
@@ -62,14 +68,29 @@ class EngineDenoiser(EngineModule):
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=time_ids))
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        outputs = self.run(dict(zip(self.argument_names, args, strict=False)) | kwargs)
-        sample = outputs["out_sample"]
+        arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        if self.timesteps is not None:
+            check_timesteps(arguments[TIMESTEP], self.timesteps)
+        sample = self.run(arguments)["out_sample"]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
         """Pipelines of the Flux family mark their guidance branches with it."""
         yield
+
+
+def check_timesteps(told: Tensor | float, known: list[float]) -> None:
+    """Raises EngineError for a timestep that is none of ``known``, by more than a hundredth of their least distance."""
+    table = torch.tensor(known, dtype=torch.float64)
+    gap = table.sort().values.diff().min() if len(known) > 1 else table.abs().max()
+    away = (torch.as_tensor(told, dtype=torch.float64).reshape(-1, 1).cpu() - table).abs().min(dim=1).values
+    if (away > gap / 100).any():
+        raise EngineError(
+            f"the engine was exported for timesteps {', '.join(f'{step:g}' for step in known)} and called with "
+            f"{torch.as_tensor(told).flatten()[0].item():g}; allowed: the sampling plan of its recipe, or an export "
+            "with timesteps: any"
+        )
 
 
 class CachedEngineDenoiser(EngineDenoiser):

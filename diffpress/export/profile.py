@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffpress.errors import ConfigError, EngineError
 from diffpress.export.attribution import KINDS, Kind, Layer, attribute
-from diffpress.export.build import _export_part as export_part
+from diffpress.export.build import export_part
 from diffpress.export.components import find_components, flatten_inputs
 from diffpress.export.scopes import read_sources
 from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, Session, open_session

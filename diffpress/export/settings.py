@@ -29,6 +29,8 @@ class ExportConfig:
     """Execution providers or devices of the run-time in order of preference; null: the target's default. OpenVINO takes one, such as ``AUTO:GPU,CPU``; TensorRT too, such as ``cuda:0``."""  # noqa: E501
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of what is not in 8 bits; bfloat16 for OpenVINO on CPUs that have it."""
+    timesteps: Literal["any", "plan"] = "any"
+    """plan: what the denoiser computes from the timestep alone becomes a table, and the engine takes no other timesteps than those of the recipe's sampling plan."""  # noqa: E501
     version_compatible: bool = False
     """TensorRT only: an engine that later TensorRT versions of the same major load too; slower, and carries code."""
     opset: Annotated[int, Field(ge=19, le=24)] = 20

@@ -164,7 +164,9 @@ class CoarseBlocks(nn.Module):
     @property
     def norm1(self) -> nn.Module:
         """Of the first block: a DiT reads its embedding of class and time there."""
-        return self.blocks[0].norm1
+        norm = self.blocks[0].norm1
+        assert isinstance(norm, nn.Module)
+        return norm
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         pooled = x = self.grid.average(hidden_states)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from diffpress.errors import ConfigError, EngineError
 from diffpress.export.attribution import KINDS, Layer, attribute
-from diffpress.export.build import _export_part
+from diffpress.export.build import export_part
 from diffpress.export.components import find_components
 from diffpress.export.graph import export_graph
 from diffpress.export.profile import EngineProfile, latency_table, layer_latency, predicted_latency, profile
@@ -89,7 +89,7 @@ def export_denoiser(generator, given, folder, target):
         for part in find_components(generator, given.conditions, given.plan, batch=None, any_size=False)
         if part.role == "denoiser"
     )
-    _export_part(generator, part, folder, ExportConfig(target=target))
+    export_part(generator, part, folder, ExportConfig(target=target))
     return open_session(folder / part.folder / "model.onnx", target=target), part.flat_inputs()
 
 
