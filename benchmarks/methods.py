@@ -1,0 +1,153 @@
+"""Methods of one kind beside each other, through the built engine: latent error, Fréchet distance, latency.
+
+    python benchmarks/methods.py quantize dit-int8 benchmarks/results/quantize-dit.json
+    python benchmarks/methods.py depth dit-int8 benchmarks/results/depth-dit.json evaluate.samples=512
+    python benchmarks/methods.py depth dit-int8 benchmarks/results/depth-dit-recovered.json --recover 600
+
+The second argument is a shipped recipe; its stages are replaced by each variant's, everything else stays. Variants run
+in one folder, so that the original's pictures, the same for all, are drawn once. Further arguments are overrides;
+``--variants`` measures only those whose name contains one of the given words; ``--recover`` appends `prune.recover` of
+so many updates, for all on the same records. The result is written after every variant, and the same command goes on
+from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import yaml
+
+import diffpress
+from diffpress.artifact import read_json, write_json
+from diffpress.compress.progress import RichProgress
+from diffpress.compress.recipe import shipped_recipes
+from diffpress.eval.machine import describe_machine
+
+
+def int8(**settings: object) -> dict:
+    return {"quantize.int8": settings}
+
+
+SMOOTH = {"quantize.smooth": {"alpha": 0.5}}
+SEARCH = {"quantize.smooth": {"alpha": "search"}}
+REPARAM: dict = {"quantize.reparam": {}}
+WHOLE = {"observer": "mse", "split_skips": False}  # convolutions read a skip concatenation as one tensor
+GPTQ = {"observer": "mse", "rounding": "gptq", "bias_correction": True}
+QUANTIZE: dict[str, list[dict]] = {
+    "min-max": [int8(observer="minmax", split_skips=False)],
+    "range by squared error": [int8(**WHOLE)],
+    "+ smoothing, alpha 0.5": [SMOOTH, int8(**WHOLE)],
+    "+ alpha searched": [SEARCH, int8(**WHOLE)],
+    "+ skips split": [SEARCH, int8(observer="mse")],
+    "+ GPTQ": [SEARCH, int8(observer="mse", rounding="gptq")],
+    "+ bias correction": [SEARCH, int8(**GPTQ)],
+    "+ least-squares repair": [SEARCH, int8(refit=True, **GPTQ)],
+    "all, range min-max": [SEARCH, int8(refit=True, **GPTQ | {"observer": "minmax"})],
+    "all, reparameterized first": [REPARAM, SEARCH, int8(refit=True, **GPTQ)],
+    "reparameterization alone": [REPARAM, int8(observer="mse")],
+    "saliency, alpha 0.5": [{"quantize.smooth": {"alpha": 0.5, "importance": "saliency"}}, int8(**WHOLE)],
+    "range by percentile 99.99": [int8(observer="percentile", split_skips=False)],
+    "range by entropy": [int8(observer="entropy", split_skips=False)],
+    "dynamic": [int8(activations="dynamic")],
+    "dynamic, smoothing": [SEARCH, int8(activations="dynamic")],
+}
+
+
+def depth(share: float) -> dict[str, list[dict]]:
+    """Criteria of what goes, at one share of the blocks."""
+    criteria: dict[str, dict] = {name: {"criterion": name} for name in ("output", "uniform", "first", "last")}
+    criteria |= {f"random {seed}": {"criterion": "random", "seed": seed} for seed in range(5)}
+    return {
+        f"{name}, {share:.0%} removed": [{"prune.depth": {"remove": share} | settings}]
+        for name, settings in criteria.items()
+    }
+
+
+def width(share: float) -> dict[str, list[dict]]:
+    """Importances with and without the repair of the next layer, at one share of heads and channels kept."""
+    return {
+        f"{importance}{', repaired' if repair else ''}, {share:.0%} kept": [
+            {"prune.width": {"keep": share, "importance": importance, "repair": repair}}
+        ]
+        for importance in ("hessian", "taylor", "magnitude", "random")
+        for repair in (True, False)
+    }
+
+
+KINDS: dict[str, dict[str, list[dict]]] = {
+    "quantize": QUANTIZE,
+    "depth": depth(0.25) | depth(0.5),
+    "width": width(0.75) | width(0.5),
+}
+
+
+def recovery(updates: int, folder: Path) -> dict:
+    """`prune.recover` on records that all variants share."""
+    return {
+        "prune.recover": {
+            "pairs": {"count": 2048, "steps": 24, "compute": "bfloat16", "folder": str(folder)},
+            "training": {"steps": updates, "batch_size": 64, "compute": "bfloat16"},
+        }
+    }
+
+
+def measure(recipe: dict, stages: list[dict], overrides: list[str], folder: Path) -> dict:
+    from rich.console import Console
+
+    progress = RichProgress(Console(stderr=True))
+    result = diffpress.compress(
+        recipe["model"], recipe | {"stages": stages}, folder, overrides=overrides, progress=progress
+    )
+    assert result is not None
+    report = result.report
+    rows = {row.name: row for row in (*report.quality, *report.paired)}
+    timings = {scope: report.timing("engine", scope=scope) for scope in ("whole image", "denoiser call")}
+    return {
+        "stages": [stage.summary for stage in report.stages],
+        "seconds of the stages": sum(stage.seconds for stage in report.stages),
+        "quantized operators": report.engine.quantized_operators,
+        "latent relative error": dataclasses.asdict(rows["relative_error"].mean),
+        "Fréchet ratio": dataclasses.asdict(rows["frechet"].ratio) if rows["frechet"].ratio else None,
+        "Fréchet": dataclasses.asdict(rows["frechet"].engine),
+        "Fréchet of the original": dataclasses.asdict(rows["frechet"].original),
+        "PSNR": dataclasses.asdict(rows["psnr"].mean),
+        **{
+            f"speed-up of a {scope}": dataclasses.asdict(row.speedup) if row and row.speedup else None
+            for scope, row in timings.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=sorted(KINDS))
+    parser.add_argument("recipe", choices=sorted(shipped_recipes()))
+    parser.add_argument("output", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--variants", nargs="+", default=[""], metavar="WORD")
+    parser.add_argument("--recover", type=int, metavar="UPDATES")
+    args = parser.parse_args()
+    recipe = yaml.safe_load(shipped_recipes()[args.recipe].read_text(encoding="utf-8")) | {"gate": {}}
+    recipe["evaluate"]["baselines"] = ["eager"]
+    settings = {"kind": args.kind, "recipe": recipe, "overrides": args.overrides, "recover": args.recover}
+    data: dict = {**settings, "machine": describe_machine(), "variants": {}}
+    if args.output.is_file():
+        data = read_json(args.output)
+        if any(data.get(name) != value for name, value in settings.items()):
+            raise SystemExit(f"{args.output} was measured with other settings; name another file")
+    dynamic = recipe["export"]["target"] == "onnxruntime"
+    with tempfile.TemporaryDirectory() as folder:
+        after = [] if args.recover is None else [recovery(args.recover, Path(folder) / "pairs")]
+        for variant, stages in KINDS[args.kind].items():
+            wanted = any(word in variant for word in args.variants) and (dynamic or "dynamic" not in variant)
+            if wanted and variant not in data["variants"]:
+                found = measure(recipe, [*stages, *after], args.overrides, Path(folder) / "run")
+                data["variants"][variant] = found
+                write_json(args.output, data)
+
+
+if __name__ == "__main__":
+    main()
