@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffpress.artifact import fingerprint
 from diffpress.config import config
 from diffpress.denoise import check_solver, denoise
-from diffpress.diffusion import Schedule, ddim
+from diffpress.diffusion import Schedule
 from diffpress.distill.pairs import PairSettings, solver_plan
 from diffpress.distill.student import (
     Conditions,
@@ -27,6 +27,7 @@ from diffpress.distill.student import (
     check_teacher,
     collect,
     held_out_error,
+    noised,
     outcome,
     previews,
     schedule_of,
@@ -101,11 +102,9 @@ class GuidanceLoss:
 
     def error(self, network: nn.Module, noise: Tensor, place: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
         """Student minus guided teacher [n, c, ...] at levels ``place`` [n] of the training grid, scales [n]."""
-        device, shape = noise.device, (-1, *[1] * (noise.dim() - 1))
-        tables = (self.schedule.alphas, self.schedule.sigmas, self.schedule.timesteps)
-        alpha, sigma, told = (table[place].float().to(device) for table in tables)
-        x_t = ddim(self.samples[rows].to(device), noise, alpha=alpha.view(shape), sigma=sigma.view(shape))
-        wanted = self.teacher(x_t, told, rows, scale.view(shape))
+        device = noise.device
+        x_t, told = noised(self.schedule, self.samples[rows].to(device), noise, place)
+        wanted = self.teacher(x_t, told, rows, scale.view(-1, *[1] * (noise.dim() - 1)))
         conditions = self.teacher.conditions
         given = conditions.conditional.rows(conditions.index[rows]).to(device)
         if self.embed is not None:
