@@ -38,7 +38,11 @@ OUR_BUILDS: tuple[dict[str, Any], ...] = (
     {
         "target": "openvino",
         "stages": "static",
-        "variants": {"ours-openvino": {}, "ours-openvino-bf16": {"compute": "bfloat16"}},
+        "variants": {
+            "ours-openvino": {},
+            "ours-openvino-bf16": {"compute": "bfloat16"},
+            "ours-openvino-plan": {"compute": "bfloat16", "timesteps": "plan"},
+        },
     },
 )
 logger = logging.getLogger("diffpress.benchmarks")

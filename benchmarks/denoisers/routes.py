@@ -151,6 +151,9 @@ ROUTES = {
     "ours-ort-dynamic": Route("diffpress, ONNX Runtime, dynamic", open_ours, build="ours-ort-dynamic", ours=True),
     "ours-openvino": Route("diffpress, OpenVINO", open_ours, build="ours-openvino", ours=True),
     "ours-openvino-bf16": Route("diffpress, OpenVINO, bf16", open_ours, build="ours-openvino-bf16", ours=True),
+    "ours-openvino-plan": Route(
+        "diffpress, OpenVINO, bf16, for one plan", open_ours, build="ours-openvino-plan", ours=True
+    ),
 }
 
 
