@@ -12,24 +12,26 @@ class Target:
     """A run-time that reads our ONNX files."""
 
     name: str
-    activation_low: int
-    """Smallest 8-bit code of an activation."""
-    activation_high: int
-    """Largest 8-bit code of an activation."""
-    symmetric: bool
-    """Zero point fixed at code 0."""
+    lopsided: float
+    """How lopsided a range of activations may be to get int8 codes without a zero point: its longer side over half its
+    width, 1 with zero in the middle, 2 where it begins at zero. Others get uint8 codes with a zero point."""
     quantizes_convolutions: bool
     """Whether 8-bit convolutions are worth having there (on the CPU, ONNX Runtime gains nothing from them)."""
     dynamic: bool
     """Whether activation scales can be taken at run time."""
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether no activation has a zero point."""
+        return self.lopsided >= 2
+
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnxruntime", 0, 255, symmetric=False, quantizes_convolutions=False, dynamic=True),
-        Target("openvino", 0, 255, symmetric=False, quantizes_convolutions=True, dynamic=False),
-        Target("tensorrt", -128, 127, symmetric=True, quantizes_convolutions=True, dynamic=False),
+        Target("onnxruntime", lopsided=0, quantizes_convolutions=False, dynamic=True),
+        Target("openvino", lopsided=1.25, quantizes_convolutions=True, dynamic=False),
+        Target("tensorrt", lopsided=2, quantizes_convolutions=True, dynamic=False),
     )
 }
 

@@ -373,8 +373,9 @@ def _summary(cls: type) -> str:
 
 
 def _codes(target: Any) -> str:
-    kind = "symmetric" if target.symmetric else "with zero point"
-    return f"{target.activation_low} to {target.activation_high}, {kind}"
+    if target.symmetric:
+        return "int8, no zero point"
+    return "uint8, zero point" if target.lopsided < 1 else "int8, or uint8 and zero point"
 
 
 def _here(target: str) -> str:

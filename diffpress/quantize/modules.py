@@ -30,17 +30,17 @@ def weight_codes(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
-def activation_step(low: float, high: float, target: Target) -> tuple[float, int]:
-    """(scale, zero point) that put [low, high] on the target's codes; low <= 0 <= high.
+def activation_step(low: float, high: float, target: Target) -> tuple[float, int, torch.dtype]:
+    """(scale s, zero point z, type of the codes) for activations in [low, high], low <= 0 <= high.
 
-    Asymmetric: s = (high - low) / 255, z = round(code_min - low / s). Symmetric: s = max(-low, high) / 127, z = 0.
+    int8 where the target takes such a range without a zero point: s = max(-low, high) / 127, z = 0. Else uint8:
+    s = (high - low) / 255, z = round(-low / s).
     """
-    if target.symmetric:
-        return max(-low, high, 1e-12) / target.activation_high, 0
-    scale = max(high - low, 1e-12) / (target.activation_high - target.activation_low)
-    return scale, int(
-        min(max(round(target.activation_low - low / scale), target.activation_low), target.activation_high)
-    )
+    peak, half = max(-low, high), (high - low) / 2
+    if peak <= target.lopsided * half if half else target.symmetric:
+        return max(peak, 1e-12) / 127, 0, torch.int8
+    scale = max(high - low, 1e-12) / 255
+    return scale, min(max(round(-low / scale), 0), 255), torch.uint8
 
 
 def _along(values: Tensor, ndim: int, axis: int) -> Tensor:
@@ -50,7 +50,10 @@ def _along(values: Tensor, ndim: int, axis: int) -> Tensor:
 
 
 class Activation(nn.Module):
-    """Quantizes and dequantizes its input per tensor, with a fixed scale or (``dynamic``) each input's own."""
+    """Quantizes and dequantizes its input per tensor, with a fixed scale or (``dynamic``) each input's own.
+
+    The codes have the type of ``zero_point``, which comes with the range, or with stored weights.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -58,15 +61,25 @@ class Activation(nn.Module):
     def __init__(self, target: Target, *, dynamic: bool = False) -> None:
         super().__init__()
         self.dynamic = dynamic
-        self.bounds = (target.activation_low, target.activation_high)
-        self.dtype = torch.int8 if target.symmetric else torch.uint8
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("zero_point", torch.zeros((), dtype=self.dtype))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if target.symmetric else torch.uint8))
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Least and greatest code."""
+        limits = torch.iinfo(self.zero_point.dtype)
+        return limits.min, limits.max
 
     def set_range(self, low: float, high: float, target: Target) -> None:
-        scale, zero_point = activation_step(low, high, target)
+        scale, zero_point, dtype = activation_step(low, high, target)
         self.scale.fill_(scale)
-        self.zero_point.fill_(zero_point)
+        self.zero_point = torch.tensor(zero_point, dtype=dtype, device=self.scale.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(f"{prefix}zero_point")
+        if stored is not None:
+            self.zero_point = self.zero_point.to(stored.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point = self._own_range(x) if self.dynamic else (self.scale, self.zero_point.float())
@@ -82,7 +95,11 @@ class Activation(nn.Module):
     def export(self, x: Tensor) -> Tensor:
         """QuantizeLinear and DequantizeLinear nodes around x."""
         codes = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, self.scale, self.zero_point), dtype=self.dtype, shape=x.shape, version=QDQ_OPSET
+            "QuantizeLinear",
+            (x, self.scale, self.zero_point),
+            dtype=self.zero_point.dtype,
+            shape=x.shape,
+            version=QDQ_OPSET,
         )
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", (codes, self.scale, self.zero_point), dtype=x.dtype, shape=x.shape, version=QDQ_OPSET

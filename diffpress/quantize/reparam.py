@@ -112,7 +112,7 @@ class Reparam:
         if not shifts:
             peak = torch.maximum(high, -low)
             low, high = -peak, peak
-        step, zero = channel_steps(low, high, target.activation_low)
+        step, zero = channel_steps(low, high, -128 if target.symmetric else 0)
         r, b, _, _ = reparameterize(step, zero, symmetric=target.symmetric)
         return r, b if shifts else None
 

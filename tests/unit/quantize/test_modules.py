@@ -13,7 +13,7 @@ from diffpress.export.session import OnnxRuntimeSession, open_session
 from diffpress.quantize.modules import Activation, activation_step, quantized, weight_codes
 from diffpress.targets import TARGETS
 
-UNSIGNED, SIGNED = TARGETS["onnxruntime"], TARGETS["tensorrt"]
+UNSIGNED, MIXED, SIGNED = (TARGETS[name] for name in ("onnxruntime", "openvino", "tensorrt"))
 CASES = {
     "Linear": (nn.Linear(12, 12), (3, 5, 12)),
     "Conv2d": (nn.Conv2d(12, 12, 3, padding=1, stride=2), (2, 12, 6, 6)),
@@ -51,12 +51,32 @@ def test_weight_codes_agree_with_torch(axis):
 
 
 def test_activation_step_closed_form():
-    assert activation_step(-1.0, 3.0, UNSIGNED) == (pytest.approx(4 / 255), 64)
-    assert activation_step(0.0, 2.0, UNSIGNED) == (pytest.approx(2 / 255), 0)
-    assert activation_step(-2.0, 0.0, UNSIGNED) == (pytest.approx(2 / 255), 255)
-    assert activation_step(-1.0, 3.0, SIGNED) == (pytest.approx(3 / 127), 0)
-    assert activation_step(-4.0, 3.0, SIGNED) == (pytest.approx(4 / 127), 0)
+    assert activation_step(-1.0, 3.0, UNSIGNED) == (pytest.approx(4 / 255), 64, torch.uint8)
+    assert activation_step(0.0, 2.0, UNSIGNED) == (pytest.approx(2 / 255), 0, torch.uint8)
+    assert activation_step(-2.0, 0.0, UNSIGNED) == (pytest.approx(2 / 255), 255, torch.uint8)
+    assert activation_step(-1.0, 3.0, SIGNED) == (pytest.approx(3 / 127), 0, torch.int8)
+    assert activation_step(-4.0, 3.0, SIGNED) == (pytest.approx(4 / 127), 0, torch.int8)
     assert activation_step(0.0, 0.0, UNSIGNED)[0] > 0
+    assert activation_step(0.0, 0.0, UNSIGNED)[2] == torch.uint8
+
+
+def test_openvino_has_a_zero_point_only_where_the_range_is_lopsided():
+    """3 over half of 5 is 1.2, 3 over half of 4.5 is 1.33."""
+    assert activation_step(-2.0, 3.0, MIXED) == (pytest.approx(3 / 127), 0, torch.int8)
+    assert activation_step(-3.0, 2.0, MIXED) == (pytest.approx(3 / 127), 0, torch.int8)
+    assert activation_step(-1.5, 3.0, MIXED) == (pytest.approx(4.5 / 255), 85, torch.uint8)
+    assert activation_step(-2.0, 3.0, UNSIGNED)[2] == torch.uint8
+
+
+def test_codes_have_the_type_that_is_stored():
+    stored = Activation(MIXED)
+    stored.set_range(-1.0, 1.0, MIXED)
+    assert stored.bounds == (-128, 127)
+    for state, bounds in ((stored.state_dict(), (-128, 127)), (Activation(MIXED).state_dict(), (0, 255))):
+        loaded = Activation(MIXED)
+        loaded.load_state_dict(state)
+        assert loaded.bounds == bounds
+        assert loaded.zero_point.dtype == state["zero_point"].dtype
 
 
 @pytest.mark.parametrize("target", [UNSIGNED, SIGNED])
@@ -64,7 +84,7 @@ def test_activation_agrees_with_torch(target):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(1)) + 0.5
     activation = Activation(target)
     activation.set_range(-1.0, 2.0, target)
-    bounds = (target.activation_low, target.activation_high)
+    bounds = {UNSIGNED: (0, 255), SIGNED: (-128, 127)}[target]
     reference = torch.fake_quantize_per_tensor_affine(x, float(activation.scale), int(activation.zero_point), *bounds)
     torch.testing.assert_close(activation(x), reference)
     assert activation(torch.zeros(1)).item() == 0
