@@ -77,10 +77,11 @@ def width(share: float) -> dict[str, list[dict]]:
     }
 
 
+NOTHING: dict[str, list[dict]] = {"nothing removed": []}
 KINDS: dict[str, dict[str, list[dict]]] = {
     "quantize": QUANTIZE,
-    "depth": depth(0.25) | depth(0.5),
-    "width": width(0.75) | width(0.5),
+    "depth": NOTHING | depth(0.25) | depth(0.5),
+    "width": NOTHING | width(0.75) | width(0.5),
 }
 
 
