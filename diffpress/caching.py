@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Decision = Literal["compute", "reuse", "test"]
 SMALLEST = 1e-12
+FEW_STEPS = 8
+"""Below this, features of neighbouring steps differ too much to be used again."""
 
 
 @config

@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, model_validator
 
+from diffpress.caching import FEW_STEPS
 from diffpress.config import config
 from diffpress.export.settings import ExportConfig
 
 logger = logging.getLogger(__name__)
 
 PRUNING = ("prune.depth", "prune.width", "prune.tokens")  # what changes the network's structure
-FEW_STEPS = 8  # below this, features of neighbouring steps differ too much to be reused
 _FIXES_STEPS = ("distill.consistency", "distill.reflow", "prune.schedule")
 _STUDENTS = ("distill.consistency", "distill.guidance", "distill.reflow")
 _ORDER: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (  # what cannot come late, after what, and why

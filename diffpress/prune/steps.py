@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffpress.caching import CachePolicy, read_policy
+from diffpress.caching import FEW_STEPS, CachePolicy, read_policy
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
@@ -26,7 +26,6 @@ from diffpress.targets import Target
 
 logger = logging.getLogger(__name__)
 
-FEW_STEPS = 8
 MOST_STEPS = 100
 _PROBES = 4  # calibration runs on which it is measured what each step is worth
 
