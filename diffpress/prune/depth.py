@@ -17,11 +17,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from diffpress.budget import Option, choose
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Call, Generator
 from diffpress.progress import Progress
-from diffpress.prune.budget import Option, choose
 from diffpress.prune.gates import GateSettings, learn_gates
 from diffpress.prune.recorded import answer, mean_error, record
 from diffpress.prune.units import (

@@ -18,10 +18,10 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from diffpress.budget import Option, choose
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Call, Generator
-from diffpress.prune.budget import Option, choose
 from diffpress.prune.recorded import mean_error, record
 from diffpress.prune.reduction import CoarseBlocks, MergedTokens, PooledKeys, TokenGrid
 from diffpress.stage import Applied, Context

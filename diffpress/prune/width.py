@@ -12,10 +12,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from diffpress.budget import Option, choose
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.prune.budget import Option, choose
 from diffpress.prune.importance import Importance, unit_scores
 from diffpress.prune.recorded import mean_error, record
 from diffpress.prune.repair import repair

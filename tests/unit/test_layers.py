@@ -10,7 +10,7 @@ import diffpress
 PACKAGE = Path(diffpress.__file__).parent
 STAGES = ("quantize", "prune", "distill", "export", "eval")
 FLOORS = (
-    ("errors", "config", "processes", "progress", "memory", "targets", "diffusion", "sampling", "checkpoint"),
+    ("errors", "budget", "config", "processes", "progress", "memory", "targets", "diffusion", "sampling", "checkpoint"),
     ("generator", "denoise", "stage", "artifact", "training", "lora", "caching", "layer_inputs"),
     STAGES,
     ("compress",),

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from diffpress.budget import BINS, Option, choose
 from diffpress.errors import ConfigError
-from diffpress.prune.budget import BINS, Option, choose
 
 
 def brute_force(items, budget):
