@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -21,6 +22,16 @@ from diffpress.stage import Context
 from diffpress.targets import TARGETS
 
 SHORT = SamplingPlan(steps=3, guidance_scale=3.0)
+
+
+def pytest_configure(config):
+    """Workers that run beside each other get cores of their own: run-times that each want all of them crawl."""
+    worker = getattr(config, "workerinput", None)
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        mine = cores[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]] or cores
+        os.sched_setaffinity(0, mine)
+        torch.set_num_threads(len(mine))
 
 
 @pytest.fixture(scope="session")
