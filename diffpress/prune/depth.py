@@ -8,8 +8,9 @@ the more is gone, so the rest is measured again after each accepted unit, with w
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
 from math import floor, sqrt
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -29,10 +30,11 @@ from diffpress.prune.units import (
     Unit,
     bypassed,
     find_units,
+    going_whole,
     parameter_count,
     remove,
     restore,
-    saved_parameters,
+    saved,
 )
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
@@ -81,26 +83,39 @@ class Budget:
     """What of a denoiser may stay, in milliseconds, parameters, or units."""
 
     weights: dict[str, float]
-    """What goes with each unit, by name."""
+    """What goes with each unit alone, by name."""
     total: float
     """All of the denoiser."""
     kept: float
     """What may stay, units or not."""
+    rests: dict[tuple[str, ...], float] = field(default_factory=dict)
+    """What goes beside once all of these units do: the rest of a block without its branches."""
+
+    def saved(self, removed: Iterable[str]) -> float:
+        """What goes with the units ``removed``."""
+        names = set(removed)
+        rests = sum(rest for branches, rest in self.rests.items() if names.issuperset(branches))
+        return sum(self.weights[name] for name in names) + rests
 
     @property
     def for_units(self) -> float:
         """What may stay of the units."""
-        return self.kept - (self.total - sum(self.weights.values()))
+        return self.kept - (self.total - self.saved(self.weights))
 
     def left(self, removed: Sequence[Unit]) -> float:
         """What is left without ``removed``."""
-        return self.total - sum(self.weights[unit.name] for unit in removed)
+        return self.total - self.saved(unit.name for unit in removed)
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """Units whose weights depend on each other together, the others alone."""
+        inside = {name for branches in self.rests for name in branches}
+        return [*self.rests, *((name,) for name in self.weights if name not in inside)]
 
     def check(self, name: str) -> None:
         """Raise ConfigError where the budget, the config's field ``name``, asks for more than all units but one."""
-        least = min(self.weights.values())
-        if self.for_units < least:
-            closest = (self.total - sum(self.weights.values()) + least) / self.total
+        most = max(self.saved(self.weights.keys() - {unit}) for unit in self.weights)
+        if self.kept < self.total - most:
+            closest = (self.total - most) / self.total
             raise ConfigError(
                 f"prune.depth: {name} {self.kept / self.total:.4g} cannot be met with a unit left; the closest that "
                 f"can is {closest:.4g}"
@@ -122,14 +137,16 @@ def budget_of(
                 "of them"
             )
         return Budget({unit.name: 1.0 for unit in units}, count, count - gone)
-    if settings.parameters is not None:
-        total, weights = parameter_count(network), {unit.name: float(saved_parameters(network, unit)) for unit in units}
-        budget, name = Budget(weights, total, settings.parameters * total), "parameters"
-    else:
-        assert settings.latency is not None
-        assert table is not None
-        weights = {unit.name: table.get(unit.name, 0.0) for unit in units}
-        budget, name = Budget(weights, table[""], settings.latency * table[""]), "latency"
+    name, share = ("parameters", settings.parameters) if table is None else ("latency", settings.latency)
+    assert share is not None
+
+    def weigh(module: str) -> float:
+        return parameter_count(network.get_submodule(module)) if table is None else table.get(module, 0.0)
+
+    weights = {unit.name: saved(network, unit, weigh) for unit in units}
+    wholes = {branches: saved(network, block, weigh) for block, branches in going_whole(network, units).items()}
+    rests = {names: max(0.0, whole - sum(weights[name] for name in names)) for names, whole in wholes.items()}
+    budget = Budget(weights, weigh(""), share * weigh(""), rests)
     budget.check(name)
     return budget
 
@@ -180,14 +197,30 @@ def select(score: Score, units: Sequence[Unit], budget: Budget, group: int | Non
     while True:
         found = score(removed)
         solo = solo or found
-        rest = [unit for unit in units if unit not in removed]
-        items = [[Option(0.0, budget.weights[u.name]), Option(max(found[u.name], 0.0), 0.0)] for u in rest]
-        chosen = choose(items, budget.for_units)
-        plan = [unit for unit, gone in zip(rest, chosen, strict=True) if gone]
+        gone = planned(found, {unit.name for unit in removed}, budget)
+        plan = [unit for unit in units if unit.name in gone and unit not in removed]
         accepted = sorted(plan, key=lambda unit: found[unit.name])[:group]
         removed += accepted
         if len(accepted) == len(plan):
             return removed, solo
+
+
+def planned(costs: Mapping[str, float], removed: Collection[str], budget: Budget) -> set[str]:
+    """argmin_S sum_{u in S} max(costs[u], 0) over sets S of units that meet the budget without ``removed`` units R.
+
+    By dynamic programming over `Budget.groups`; returns R and S. ``costs`` has every unit that is not in R.
+    """
+    sets, items = [], []
+    for group in budget.groups():
+        free = [name for name in group if name not in removed]
+        subsets = [chosen for size in range(len(free) + 1) for chosen in combinations(free, size)]
+        gone = [{*chosen, *removed}.intersection(group) for chosen in subsets]
+        stays = [max(0.0, budget.saved(group) - budget.saved(names)) for names in gone]
+        sums = [sum(max(costs[name], 0.0) for name in chosen) for chosen in subsets]
+        sets.append(gone)
+        items.append([Option(cost, weight) for cost, weight in zip(sums, stays, strict=True)])
+    chosen = choose(items, budget.for_units)
+    return {name for options, index in zip(sets, chosen, strict=True) for name in options[index]}
 
 
 def blind(criterion: str, units: Sequence[Unit], budget: Budget, seed: int) -> list[Unit]:

@@ -7,7 +7,7 @@ leave its list and its config says so: it is a plain diffusers model again. Othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -174,11 +174,33 @@ def _kept(module: nn.Module, unit: Unit) -> nn.Module | None:
     return read_outside(module) if unit.name == "transformer_blocks.0" else None
 
 
-def saved_parameters(network: nn.Module, unit: Unit) -> int:
-    """How many parameters go with ``unit``."""
-    module = network.get_submodule(unit.name)
-    kept = _kept(module, unit)
-    return parameter_count(module) - (0 if kept is None else parameter_count(kept))
+def saved(network: nn.Module, unit: Unit, weigh: Callable[[str], float]) -> float:
+    """What goes with ``unit``: the sum of ``weigh(submodule)`` over what goes, less what stays of it.
+
+    ``weigh`` counts a submodule, by its dotted name, with all that is below it.
+    """
+    norm, stays = _own_norm(network, unit), _kept(network.get_submodule(unit.name), unit)
+    kept = 0.0 if stays is None else weigh(f"{unit.name}.norm1.emb")
+    return weigh(unit.name) + (0.0 if norm is None else weigh(norm)) - kept
+
+
+def going_whole(network: nn.Module, units: Iterable[Unit]) -> dict[Unit, tuple[str, ...]]:
+    """Blocks of which all branches are among ``units``, with the names of those: once they go, the block does."""
+    names = {unit.name for unit in units}
+    found = {}
+    for unit in _all_units(network):
+        if unit.kind == "block":
+            branches = tuple(f"{unit.name}.{child}" for child in _branches(network.get_submodule(unit.name)))
+            if branches and names.issuperset(branches):
+                found[unit] = branches
+    return found
+
+
+def _own_norm(network: nn.Module, unit: Unit) -> str | None:
+    """Name of the norm that nothing but the branch ``unit`` reads, where it has weights."""
+    parent, _, child = unit.name.rpartition(".")
+    plain = unit.branch and getattr(network.get_submodule(parent), "norm_type", None) == "layer_norm"
+    return f"{parent}.{_OWN_NORM[child]}" if plain else None
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -217,20 +239,16 @@ def restore(network: Any, metadata: dict[str, Any]) -> None:
         return
     for unit in units:
         network.set_submodule(unit.name, Skip(network.get_submodule(unit.name), unit))
-        parent, _, child = unit.name.rpartition(".")
-        block: Any = network.get_submodule(parent)
-        if unit.branch and getattr(block, "norm_type", None) == "layer_norm":
-            setattr(block, _OWN_NORM[child], nn.Identity())  # nothing else reads it
+        norm = _own_norm(network, unit)
+        if norm is not None:
+            network.set_submodule(norm, nn.Identity())
 
 
 def _merged(network: nn.Module, units: Iterable[Unit]) -> list[Unit]:
     """Blocks in place of all of their branches; in the network's order."""
     names = {unit.name for unit in units}
-    for unit in _all_units(network):
-        if unit.kind == "block":
-            branches = {f"{unit.name}.{child}" for child in _branches(network.get_submodule(unit.name))}
-            if branches and branches <= names:
-                names = (names - branches) | {unit.name}
+    for block, branches in going_whole(network, units).items():
+        names = names.difference(branches) | {block.name}
     return [unit for unit in _all_units(network) if unit.name in names]
 
 

@@ -19,7 +19,7 @@ from diffpress.errors import ConfigError
 from diffpress.export import ExportConfig, export
 from diffpress.generator import Generator
 from diffpress.progress import SILENT
-from diffpress.prune.depth import Budget, Depth, DepthConfig, blind, effects, in_order, select
+from diffpress.prune.depth import Budget, Depth, DepthConfig, blind, budget_of, effects, in_order, planned, select
 from diffpress.prune.recorded import mean_error, record
 from diffpress.prune.units import Skip, Unit, bypassed, find_units
 from diffpress.quantize.int8 import Int8, Int8Config
@@ -182,6 +182,54 @@ def test_budget_is_met_whatever_the_weights(group):
         removed, _ = select(score, UNITS, budget, group)
         assert budget.left(removed) <= budget.kept * (1 + 1e-9)
         assert len(set(removed)) == len(removed) < len(UNITS)
+
+
+def brute_force(costs, budget, removed=()):
+    """The least sum of costs of more units that meets the budget."""
+    free = [name for name in costs if name not in removed]
+    sets = itertools.chain.from_iterable(itertools.combinations(free, size) for size in range(len(free) + 1))
+    fits = [names for names in sets if budget.total - budget.saved({*names, *removed}) <= budget.kept]
+    return min(sum(max(costs[name], 0.0) for name in names) for names in fits)
+
+
+@pytest.mark.parametrize("removed", [(), ("a0", "b1"), ("c0", "a1")])
+def test_plan_is_that_of_brute_force_where_blocks_go_whole(removed):
+    draw = random.Random(0)
+    names = ["a0", "a1", "a2", "b0", "b1", "c0", "d0"]
+    more = []
+    for _ in range(30):
+        costs = {name: draw.uniform(-0.1, 1.0) for name in names}
+        weights = {name: float(draw.randint(1, 9)) for name in names}
+        rests = {("a0", "a1", "a2"): float(draw.randint(0, 9)), ("b0", "b1"): float(draw.randint(0, 9))}
+        total = 5.0 + sum(weights.values()) + sum(rests.values())
+        budget = Budget(weights, total, draw.randint(7, int(total)), rests)
+        plan = planned(costs, removed, budget)
+        assert plan.issuperset(removed)
+        assert budget.total - budget.saved(plan) <= budget.kept
+        found = sum(max(costs[name], 0.0) for name in plan.difference(removed))
+        assert found == pytest.approx(brute_force(costs, budget, removed))
+        try:
+            alone = planned(costs, removed, replace(budget, rests={}))
+        except ConfigError:  # it does not know that the rest of a block goes too
+            more.append(True)
+        else:
+            more.append(sum(max(costs[name], 0.0) for name in alone.difference(removed)) > found + 1e-9)
+    assert any(more)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.35])
+def test_sublayers_meet_a_budget_at_the_least_cost(deep, context, share):
+    total = sum(p.numel() for p in deep.denoiser.parameters())
+    settings = {"parameters": share, "granularity": "sublayer", "rescore": None}
+    budget = budget_of(deep.denoiser, find_units(deep.denoiser, "sublayer"), DepthConfig(**settings))
+    metadata = prune(deep, context(deep), **settings).metadata
+    costs = {unit["name"]: unit["score"] for unit in metadata["units"]}
+    assert sum(max(costs[name], 0.0) for name in metadata["order"]) == pytest.approx(brute_force(costs, budget))
+    left = sum(p.numel() for p in deep.denoiser.parameters()) / total
+    assert left == pytest.approx(metadata["left"], abs=1e-9)
+    assert left <= share
+    naive = replace(budget, rests={})
+    assert naive.left(find_units(deep.denoiser, "sublayer")) > budget.left(find_units(deep.denoiser, "sublayer"))
 
 
 def test_parameters_and_latency_are_budgets(deep, context):

@@ -15,7 +15,17 @@ from diffusers import (
 from tiny import fill_zeros
 
 from diffpress.errors import ConfigError
-from diffpress.prune.units import Skip, bypassed, find_units, remove, restore, saved_parameters, units_named
+from diffpress.prune.units import (
+    Skip,
+    bypassed,
+    find_units,
+    going_whole,
+    parameter_count,
+    remove,
+    restore,
+    saved,
+    units_named,
+)
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
 
@@ -179,9 +189,17 @@ def test_sublayers_are_found_by_structure():
     assert "mid_block.resnets.1" in unet_names
 
 
+def saved_parameters(name, network, unit):
+    """Of a block 0 that leaves the list the embedding goes too, which `saved` takes to stay."""
+    more = 0
+    if (name, unit.name) == ("dit_of_one_embedding", "transformer_blocks.0"):
+        more = parameter_count(network.transformer_blocks[0].norm1.emb)
+    return more + saved(network, unit, lambda module: parameter_count(network.get_submodule(module)))
+
+
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_every_unit_bypassed_equals_removed_and_comes_back(family, granularity):
-    _, network, inputs = family
+    name, network, inputs = family
     before, state = answer(network, inputs), {name: value.clone() for name, value in network.state_dict().items()}
     units = find_units(network, granularity)
     outputs = {}
@@ -193,8 +211,7 @@ def test_every_unit_bypassed_equals_removed_and_comes_back(family, granularity):
         remove(smaller, [unit])
         assert torch.equal(answer(smaller, inputs), outputs[unit.name])
         assert not torch.allclose(outputs[unit.name], before, atol=1e-5)  # each does something
-        gone = sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in smaller.parameters())
-        assert gone >= saved_parameters(network, unit) > 0
+        assert parameter_count(network) - parameter_count(smaller) == saved_parameters(name, network, unit) > 0
     distinct = list(outputs.values())
     assert not any(
         torch.equal(x, y) for i, x in enumerate(distinct) for y in distinct[:i]
@@ -277,6 +294,20 @@ def test_block_without_its_branches_is_removed_whole():
     assert metadata == {"removed": ["transformer_blocks.2"], "plain": True}
     assert network.config.num_layers == 3
     torch.testing.assert_close(answer(network, inputs), expected, rtol=0, atol=0)
+
+
+def test_more_than_the_branches_goes_with_a_whole_block(family):
+    name, network, _ = family
+    blocks = going_whole(network, find_units(network, "sublayer"))
+    for block, branches in list(blocks.items())[:2]:
+        smaller = copy.deepcopy(network)
+        units = units_named(network, branches)
+        remove(smaller, units)
+        gone = parameter_count(network) - parameter_count(smaller)
+        assert gone == saved_parameters(name, network, block)
+        assert gone >= sum(saved_parameters(name, network, unit) for unit in units) > 0
+        assert not going_whole(network, units[1:])
+    assert bool(blocks) == (name != "ddpm")
 
 
 def without_gradient(network, inputs):
