@@ -152,13 +152,30 @@ def shared_blocks(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str
     for name, child in student.named_children():
         other = getattr(teacher, name, None)
         if isinstance(child, nn.ModuleList) and isinstance(other, nn.ModuleList):
-            own = [index for index, block in enumerate(child) if next(block.parameters(), None) is not None]
-            origin = own if len(child) == len(other) else origins([child[index] for index in own], list(other))
-            ends = [*(index - 1 for index in origin[1:]), len(other) - 1]
-            places += [(f"{name}.{a}", f"{name}.{b}") for a, b in zip(own, ends, strict=False)]
+            starts = _starts(child, other)
+            ends = [*(start - 1 for start in [*starts.values()][1:]), len(other) - 1]
+            places += [(f"{name}.{a}", f"{name}.{b}") for a, b in zip(starts, ends, strict=False)]
         elif name == "mid_block" and other is not None:
             places.append((name, name))
     return places
+
+
+def _starts(blocks: nn.ModuleList, teacher: nn.ModuleList) -> dict[int, int]:
+    """Which of the teacher's blocks each of ``blocks`` that can learn was, or the first of several that it runs."""
+    kinds = tuple({type(block) for block in teacher})
+    inner = [(index, block) for index, each in enumerate(blocks) for block in _inner(each, kinds)]
+    own = [place for place, (_, block) in enumerate(inner) if next(block.parameters(), None) is not None]
+    found = own if len(inner) == len(teacher) else origins([inner[place][1] for place in own], list(teacher))
+    starts: dict[int, int] = {}
+    for place, start in zip(own, found, strict=True):
+        starts.setdefault(inner[place][0], start)
+    return starts
+
+
+def _inner(block: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:
+    """Blocks of ``kinds`` that ``block`` runs (coarse blocks run several), or itself."""
+    inside = [] if isinstance(block, kinds) else [module for module in block.modules() if isinstance(module, kinds)]
+    return inside or [block]
 
 
 @torch.no_grad()

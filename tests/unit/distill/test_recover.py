@@ -20,6 +20,7 @@ from diffpress.distill.recover import (
     watched,
 )
 from diffpress.distill.student import Conditions, collect, schedule_of
+from diffpress.prune.reduction import CoarseBlocks, TokenGrid
 from diffpress.training import draw_of
 
 
@@ -65,6 +66,50 @@ def test_a_block_is_compared_with_the_end_of_the_gap_behind_it(gone, places):
     assert shared_blocks(hollow, teacher) == [
         (f"transformer_blocks.{own[a]}", f"transformer_blocks.{b}") for a, b in places
     ]
+
+
+def coarse(network, left):
+    """``network`` with these of its blocks; those in a tuple together in coarse blocks, of cells of one token."""
+
+    def taken(which):
+        if isinstance(which, tuple):
+            return CoarseBlocks([taken(each) for each in which], TokenGrid(4, 4, 1))
+        return network.transformer_blocks[which]
+
+    made = copy.deepcopy(network)
+    made.transformer_blocks = nn.ModuleList(map(taken, left))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("left", "ends"),
+    [
+        ([0, (1, 2), 3, 4, 5], [0, 2, 3, 4, 5]),
+        ([0, (1, 2), (3, 4), 5], [0, 2, 4, 5]),
+        ([(0,), (1, 2, 3), (4, 5)], [0, 3, 5]),
+        ([0, (2, 3), (4,)], [1, 3, 5]),  # after others went
+        ([0, (3,), (5,)], [2, 4, 5]),
+        ([(0,), (1,), (2,), 3, 4, 5], [0, 1, 2, 3, 4, 5]),
+        ([0, (1, (2,), 3), 4, 5], [0, 3, 4, 5]),  # made coarse twice
+    ],
+)
+def test_coarse_blocks_are_compared_with_the_last_that_they_run(left, ends):
+    teacher = make_dit(blocks=6).denoiser
+    found = shared_blocks(coarse(teacher, left), teacher)
+    assert found == [(f"transformer_blocks.{a}", f"transformer_blocks.{b}") for a, b in enumerate(ends)]
+
+
+def test_coarse_blocks_of_one_token_a_cell_give_what_the_original_gives():
+    teacher = make_dit(blocks=6).denoiser
+    student = coarse(teacher, [0, (1, 2), (3, 4), 5])
+    places, given = shared_blocks(student, teacher), (torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([1]))
+    with watched(student, [a for a, _ in places]) as ours, watched(teacher, [b for _, b in places]) as theirs:
+        with torch.no_grad():
+            student(*given), teacher(*given)
+        assert all(torch.equal(ours[a][0], theirs[b][0]) for a, b in places)
+        (first, second), others = places[1:3], [b for _, b in places]
+        assert not torch.equal(ours[first[0]][0], theirs[second[1]][0])
+        assert len(set(others)) == len(others)
 
 
 def test_stages_of_a_unet_are_compared_by_name(sd):
