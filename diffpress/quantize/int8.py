@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
+from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.layer_inputs import summable
-from diffpress.quantize.calibrate import layer_errors, observe_ranges
-from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quantized, weight_codes
-from diffpress.quantize.moments import Moments, collect_moments, shared_inputs
-from diffpress.quantize.observers import Observer, choose_range
-from diffpress.quantize.rounding import gptq_codes, mean_error, refit_weight
+from diffpress.quantize.budgeted import decide_precisions, decided_together, decision_facts, find_candidates
+from diffpress.quantize.calibrate import layer_errors
+from diffpress.quantize.choice import Decision, Kind, Precision
+from diffpress.quantize.modules import Activation, QuantizedLayer, quantized
+from diffpress.quantize.moments import shared_inputs
+from diffpress.quantize.observers import Observer
 from diffpress.quantize.split import find_splits, split
+from diffpress.quantize.twins import make_twins, static_activations
 from diffpress.stage import Applied, Context
 from diffpress.targets import TARGETS, Target
 
-logger = logging.getLogger(__name__)
-
+CONTEXT_CALLS = 4
 # Embedders, modulation and the ends of the network: little work, much error; ModelOpt leaves them out too.
 SENSITIVE = (
     "*time_embed*",
@@ -68,6 +69,35 @@ class Int8Config:
     """Before rounding, fit the weight by least squares to what the quantized inputs have left of the inputs."""
     bias_correction: bool = False
     """Add what quantization takes from each output's mean to the bias, where the layer has one."""
+    error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Budget: largest relative L2 error of the denoiser's output that quantization may add, the layers' errors added as squares. Each layer becomes static, dynamic (ONNX Runtime) or stays in float, for the least latency."""  # noqa: E501
+    latency: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Budget: share of the float engine's latency of a denoiser call that may remain, for the least error; in place of error."""  # noqa: E501
+    context_calls: Annotated[int, Field(ge=0)] | None = None
+    """Denoiser calls on which the error of the output is measured with one layer quantized at a time, layers times calls forward passes; null: 4 under a budget, else none."""  # noqa: E501
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Int8Config:
+        if self.error is not None and self.latency is not None:
+            raise ValueError("budgets given: error, latency; allowed: at most one of them")
+        if self.budget and self.activations == "dynamic":
+            raise ValueError("activations dynamic does not go with a budget, which decides it; allowed: static")
+        if self.budget and self.context_calls == 0:
+            raise ValueError("context_calls 0 does not go with a budget; allowed: 1 and more, null")
+        return self
+
+    @property
+    def budget(self) -> tuple[Kind, float] | None:
+        """What is limited and by how much."""
+        budgets: dict[Kind, float | None] = {"error": self.error, "latency": self.latency}
+        return next(((kind, value) for kind, value in budgets.items() if value is not None), None)
+
+    @property
+    def calls_measured(self) -> int:
+        """``context_calls``, or what null stands for."""
+        if self.context_calls is not None:
+            return self.context_calls
+        return CONTEXT_CALLS if self.budget else 0
 
 
 class Int8:
@@ -118,100 +148,65 @@ class Int8:
             raise ConfigError(f"quantize.int8: no layer of {type(generator.denoiser).__name__} is left to quantize")
 
     def apply(self, generator: Generator, context: Context) -> Applied:
-        """Raises ConfigError when calibration meets values that are not finite; layers never reached stay in float."""
-        denoiser = generator.denoiser
+        """Raises ConfigError when calibration meets values that are not finite, and for a budget that cannot be met.
+
+        Layers never reached stay in float.
+        """
+        denoiser, budget = generator.denoiser, self.config.budget
+        if budget and context.latency is None:
+            raise ConfigError(
+                f"quantize.int8: {budget[0]} {budget[1]:g} needs latencies measured on the engine, and none are there; "
+                "allowed: no budget"
+            )
         layers = self.layers(denoiser, context.target)
         splits = find_splits(generator, layers, context) if self.config.split_skips else {}
         if splits:
             split(denoiser, splits)
             layers = self.layers(denoiser, context.target)
+        leaders = shared_inputs(generator, layers, context)
         try:
-            twins = self._twins(generator, layers, context)
+            twins = self._twins(generator, layers, leaders, context)
         except FloatingPointError as error:
             raise ConfigError(
                 f"quantize.int8: {error}: the generator cannot be calibrated in {denoiser.dtype}"
             ) from error
-        layers = {name: layers[name] for name in twins}
-        errors = layer_errors(generator, layers, twins, context)
-        for name, twin in twins.items():
+        candidates = find_candidates(generator, twins, context, self.config.calls_measured)
+        in_context = candidates.errors(generator, context.progress)
+        names, decision = list(twins[self.config.activations]), None
+        precisions: dict[str, Precision] = dict.fromkeys(names, self.config.activations)
+        if budget:
+            groups = decided_together(leaders, names)
+            decision, precisions = decide_precisions(generator, candidates, in_context, groups, context, budget)
+        shown = candidates.shown(precisions)
+        alone = layer_errors(generator, {name: layers[name] for name in names}, candidates.picked(shown), context)
+        for name, twin in candidates.picked(precisions).items():
             denoiser.set_submodule(name, twin)
         metadata = {
             "target": context.target.name,
-            "dynamic": self.config.activations == "dynamic",
             "splits": splits,
-            "layers": {name: _describe(layer) for name, layer in layers.items()},
-            "sensitivity": errors,
+            "layers": {name: _describe(layers[name]) for name in names if precisions[name] != "float"},
+            "precision": precisions,
+            "sensitivity": alone,
+            "in_context": {name: in_context[shown[name]][name] for name in names if candidates.calls},
+            "decision": None if decision is None else decision_facts(decision),
         }
-        total = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in denoiser.modules())
-        summary = f"{len(layers)} of {len(layers) + total} layers in 8 bits, {self.config.activations} activations"
-        return Applied(generator, metadata, summary)
+        return Applied(generator, metadata, _summary(denoiser, precisions, decision))
 
-    def _twins(self, generator: Generator, layers: dict[str, nn.Module], context: Context) -> dict[str, QuantizedLayer]:
-        leaders = shared_inputs(generator, layers, context)
-        activations = self._activations(generator, layers, leaders, context)
-        layers = {name: layers[name] for name in activations}
-        rounded = {}
-        if self.config.rounding == "gptq" or self.config.refit or self.config.bias_correction:
-            rounded = self._rounded(generator, layers, leaders, activations, context)
-        return {name: quantized(layer, activations[name], rounded.get(name)) for name, layer in layers.items()}
-
-    def _rounded(
-        self,
-        generator: Generator,
-        layers: dict[str, nn.Module],
-        leaders: dict[str, str],
-        activations: dict[str, Activation],
-        context: Context,
-    ) -> dict[str, Rounded]:
-        """Weights rounded with the moments of their inputs, for the layers that are not too wide for that."""
-        summed = {name: leaders[name] for name, layer in layers.items() if summable(layer)}
-        if len(summed) < len(layers):
-            logger.info("quantize.int8: rounded to nearest: %s", ", ".join(layers.keys() - summed))
-        first = {leader: layers[leader] for leader in summed.values()}
-        rounded = {}
-        for moments in collect_moments(first, activations, generator, context, cross=self.config.refit):
-            for name, leader in summed.items():
-                if leader in moments:
-                    rounded[name] = self._round(layers[name], moments[leader])
-        return rounded
-
-    def _activations(
+    def _twins(
         self, generator: Generator, layers: dict[str, nn.Module], leaders: dict[str, str], context: Context
-    ) -> dict[str, Activation]:
-        """A quantizer for each layer's input; none for a layer that was not reached."""
-        if self.config.activations == "dynamic":
-            return {name: Activation(context.target, dynamic=True) for name in layers}
-        histograms = observe_ranges({name: layers[name] for name in set(leaders.values())}, generator, context)
-        activations = {}
-        for name, leader in leaders.items():
-            histogram = histograms[leader]
-            if histogram.limit == 0:
-                logger.warning(
-                    "quantize.int8: %s saw only zeros in calibration, or was never called: left in float", name
-                )
-                continue
-            low, high = choose_range(
-                histogram, self.config.observer, percentile=self.config.percentile, symmetric=context.target.symmetric
-            )
-            activations[name] = Activation(context.target)
-            activations[name].set_range(low, high, context.target)
-        return activations
-
-    def _round(self, layer: Any, moments: Moments) -> Rounded:
-        """Codes, scales and bias of one layer from the moments of its quantized inputs."""
-        corrected = self.config.bias_correction and layer.bias is not None
-        exact = layer.weight.detach().float().flatten(1)  # [out, columns]
-        weight = exact
-        gram = moments.gram(centered=corrected)
-        if self.config.refit:
-            weight = refit_weight(weight, gram, moments.cross(centered=corrected))
-        codes, scale = weight_codes(weight, axis=0)
-        if self.config.rounding == "gptq":
-            codes = gptq_codes(weight, gram, scale)
-        bias = layer.bias
-        if corrected:
-            bias = bias + mean_error(exact, codes * scale[:, None], moments.mean_x, moments.mean_q)
-        return Rounded(codes.reshape(layer.weight.shape), scale, bias)
+    ) -> dict[Precision, dict[str, QuantizedLayer]]:
+        """The twins in the precision that the config wants; under a budget in each that the target can run."""
+        target = context.target
+        found: dict[Precision, dict[str, QuantizedLayer]] = {}
+        if self.config.activations == "static":
+            activations = static_activations(generator, layers, leaders, context, self.config)
+            layers = {name: layers[name] for name in activations}
+            found["static"] = make_twins(generator, layers, leaders, activations, context, self.config)
+        if self.config.activations == "dynamic" or (self.config.budget and target.dynamic):
+            linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+            activations = {name: Activation(target, dynamic=True) for name in linear}
+            found["dynamic"] = make_twins(generator, linear, leaders, activations, context, self.config)
+        return found
 
     @staticmethod
     def restore(generator: Generator, metadata: dict[str, Any]) -> None:
@@ -220,11 +215,21 @@ class Int8:
         split(generator.denoiser, metadata["splits"])
         for name, kind in metadata["layers"].items():
             layer = generator.denoiser.get_submodule(name)
-            activation = Activation(target, dynamic=metadata["dynamic"])
             if _describe(layer) != kind:
                 raise ConfigError(f"quantize.int8: layer {name} is {_describe(layer)}, but the artifact has {kind}")
+            activation = Activation(target, dynamic=metadata["precision"][name] == "dynamic")
             generator.denoiser.set_submodule(name, quantized(layer, activation))
 
 
 def _describe(layer: nn.Module) -> str:
     return f"{type(layer).__name__}{list(layer.weight.shape)}"  # type: ignore[union-attr, arg-type]
+
+
+def _summary(denoiser: nn.Module, precisions: Mapping[str, Precision], decision: Decision | None) -> str:
+    counts = Counter(precisions.values())
+    quantized = counts["static"] + counts["dynamic"]
+    total = quantized + sum(isinstance(module, nn.Linear | nn.Conv2d) for module in denoiser.modules())
+    kinds = ", ".join(f"{counts[name]} {name}" for name in ("static", "dynamic") if counts[name])
+    if decision is None:
+        return f"{quantized} of {total} layers in 8 bits, {' and '.join(counts)} activations"
+    return f"{quantized} of {total} layers in 8 bits ({kinds}); {decision.sentence()}"

@@ -9,7 +9,7 @@ import torch
 from diffpress.artifact import load_weights, save_weights
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.quantize import int8
+from diffpress.quantize import twins
 from diffpress.quantize.calibrate import SENSITIVITY_SAMPLES
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
@@ -181,9 +181,9 @@ def test_each_repair_takes_error_away(dit_folder, context, target):
 
 def test_repairs_need_no_more_than_the_matrices_they_use(dit, context, monkeypatch):
     asked = []
-    collect = int8.collect_moments
+    collect = twins.collect_moments
     monkeypatch.setattr(
-        int8, "collect_moments", lambda *args, cross: asked.append(cross) or collect(*args, cross=cross)
+        twins, "collect_moments", lambda *args, cross: asked.append(cross) or collect(*args, cross=cross)
     )
     for settings, expected in (({"rounding": "gptq"}, [False]), ({"refit": True}, [True]), ({}, [])):
         asked.clear()

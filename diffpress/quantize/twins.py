@@ -1,0 +1,102 @@
+"""From layers in float and a calibration to their 8-bit twins: ranges of the inputs, and how weights are rounded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from diffpress.generator import Generator
+from diffpress.layer_inputs import summable
+from diffpress.quantize.calibrate import observe_ranges
+from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quantized, weight_codes
+from diffpress.quantize.moments import Moments, collect_moments
+from diffpress.quantize.observers import choose_range
+from diffpress.quantize.rounding import gptq_codes, mean_error, refit_weight
+from diffpress.stage import Context
+
+if TYPE_CHECKING:
+    from diffpress.quantize.int8 import Int8Config
+
+logger = logging.getLogger(__name__)
+
+Layers = Mapping[str, nn.Module]
+
+
+def static_activations(
+    generator: Generator, layers: Layers, leaders: dict[str, str], context: Context, config: Int8Config
+) -> dict[str, Activation]:
+    """A quantizer with a fixed range for each layer's input; none for a layer that was not reached.
+
+    ``leaders`` names for each layer the one whose input it shares. Raises FloatingPointError when a value is not
+    finite.
+    """
+    histograms = observe_ranges({name: layers[name] for name in set(leaders.values())}, generator, context)
+    activations = {}
+    for name, leader in leaders.items():
+        histogram = histograms[leader]
+        if histogram.limit == 0:
+            logger.warning("quantize.int8: %s saw only zeros in calibration, or was never called: left in float", name)
+            continue
+        low, high = choose_range(
+            histogram, config.observer, percentile=config.percentile, symmetric=context.target.symmetric
+        )
+        activations[name] = Activation(context.target)
+        activations[name].set_range(low, high, context.target)
+    return activations
+
+
+def make_twins(
+    generator: Generator,
+    layers: Layers,
+    leaders: dict[str, str],
+    activations: dict[str, Activation],
+    context: Context,
+    config: Int8Config,
+) -> dict[str, QuantizedLayer]:
+    """The twins of the layers that have a quantizer of their input, with weights rounded as the config says."""
+    layers = {name: layers[name] for name in activations}
+    rounded = {}
+    if config.rounding == "gptq" or config.refit or config.bias_correction:
+        rounded = _rounded(generator, layers, leaders, activations, context, config)
+    return {name: quantized(layer, activations[name], rounded.get(name)) for name, layer in layers.items()}
+
+
+def _rounded(
+    generator: Generator,
+    layers: Layers,
+    leaders: dict[str, str],
+    activations: dict[str, Activation],
+    context: Context,
+    config: Int8Config,
+) -> dict[str, Rounded]:
+    """Weights rounded with the moments of their inputs, for the layers that are not too wide for that."""
+    summed = {name: leaders[name] for name, layer in layers.items() if summable(layer)}
+    if len(summed) < len(layers):
+        logger.info("quantize.int8: rounded to nearest: %s", ", ".join(layers.keys() - summed))
+    first = {leader: layers[leader] for leader in summed.values()}
+    rounded = {}
+    for moments in collect_moments(first, activations, generator, context, cross=config.refit):
+        for name, leader in summed.items():
+            if leader in moments:
+                rounded[name] = _round(layers[name], moments[leader], config)
+    return rounded
+
+
+def _round(layer: Any, moments: Moments, config: Int8Config) -> Rounded:
+    """Codes, scales and bias of one layer from the moments of its quantized inputs."""
+    corrected = config.bias_correction and layer.bias is not None
+    exact = layer.weight.detach().float().flatten(1)  # [out, columns]
+    weight = exact
+    gram = moments.gram(centered=corrected)
+    if config.refit:
+        weight = refit_weight(weight, gram, moments.cross(centered=corrected))
+    codes, scale = weight_codes(weight, axis=0)
+    if config.rounding == "gptq":
+        codes = gptq_codes(weight, gram, scale)
+    bias = layer.bias
+    if corrected:
+        bias = bias + mean_error(exact, codes * scale[:, None], moments.mean_x, moments.mean_q)
+    return Rounded(codes.reshape(layer.weight.shape), scale, bias)

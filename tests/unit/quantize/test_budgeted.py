@@ -1,0 +1,205 @@
+"""quantize.int8 under a budget: what is sensitive stays in float, what is slow goes first, and the promise is kept."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from diffpress.artifact import load_weights, save_weights
+from diffpress.errors import ConfigError
+from diffpress.export import ExportConfig, export
+from diffpress.generator import Generator
+from diffpress.quantize.budgeted import decided_together
+from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.quantize.modules import QuantizedLayer
+from diffpress.quantize.sensitivity import output_error, spread_calls, swapped
+
+SPEED = {"float": 1.0, "static": 0.4, "dynamic": 0.5}
+
+
+def precision_of(module):
+    if not isinstance(module, QuantizedLayer):
+        return "float"
+    return "dynamic" if module.activation.dynamic else "static"
+
+
+def priced(generator, *, slow=(), speed=SPEED, overhead=0.0):
+    """An engine where a layer takes what its weights are, times its precision's factor; ``slow`` ones ten times that.
+
+    ``overhead``: more for the whole call where both float and 8-bit layers are in it, which no sum foretells.
+    """
+
+    def latency(which):
+        assert which is generator
+        table, kinds = {"": 100.0}, set()
+        for name, module in which.denoiser.named_modules():
+            if isinstance(module, nn.Linear | QuantizedLayer) and "transformer_blocks" in name and ".norm" not in name:
+                kind = precision_of(module)
+                kinds.add(kind)
+                table[name] = module.weight.numel() * speed[kind] / 10 * (10 if name in slow else 1)
+        table[""] = (100.0 + sum(table.values())) * (1 + overhead * (len(kinds) > 1))
+        return table
+
+    return latency
+
+
+def plant_sensitive(generator, name="transformer_blocks.0.ff.net"):
+    """One channel far away that nobody reads: the function stays, what ff.net.2 reads has a hundred times the range."""
+    with torch.no_grad():
+        generator.denoiser.get_submodule(f"{name}.0.proj").bias[3] = 300.0
+        generator.denoiser.get_submodule(f"{name}.2").weight[:, 3] = 0
+    return f"{name}.2"
+
+
+@pytest.fixture
+def given(context):
+    """``given(generator, target, **engine)``: a context with latencies."""
+
+    def make(generator, target="openvino", **engine):
+        return dataclasses.replace(context(generator, target), latency=priced(generator, **engine))
+
+    return make
+
+
+def test_a_planted_sensitive_layer_stays_in_float(dit, given):
+    name = plant_sensitive(dit)
+    applied = Int8(Int8Config(error=0.02, observer="minmax")).apply(dit, given(dit))
+    precision, in_context = applied.metadata["precision"], applied.metadata["in_context"]
+    assert max(in_context, key=in_context.get) == name
+    assert precision[name] == "float"
+    assert sum(kind == "static" for kind in precision.values()) == len(precision) - 1
+    assert applied.metadata["decision"]["measured"] <= 0.02
+    assert set(applied.metadata["layers"]) == set(precision) - {name}
+    assert applied.metadata["sensitivity"].keys() == in_context.keys() == precision.keys()
+    assert "11 of 12 layers" not in applied.summary  # of all layers of the network, not of those that may be quantized
+    assert "(11 static); error budget 0.02: foretold" in applied.summary
+
+
+def test_without_the_plant_it_does_not(dit, given):
+    applied = Int8(Int8Config(error=0.02, observer="minmax")).apply(dit, given(dit))
+    assert set(applied.metadata["precision"].values()) == {"static"}
+
+
+def test_a_planted_slow_layer_goes_first(dit, given):
+    name = "transformer_blocks.1.ff.net.0.proj"
+    engine = given(dit, slow=(name,))
+    applied = Int8(Int8Config(latency=0.8)).apply(dit, engine)
+    precision = applied.metadata["precision"]
+    assert precision[name] == "static"
+    assert precision["transformer_blocks.0.ff.net.0.proj"] == "float"
+    assert applied.metadata["decision"]["foretold"]["latency"] <= 0.8
+    assert applied.metadata["decision"]["measured"] == pytest.approx(
+        applied.metadata["decision"]["foretold"]["latency"]
+    )
+
+
+def test_the_choice_is_the_best_of_all_by_measurement_too(dit, given):
+    """Every assignment of this network measured: what the sum of squares chooses is close to the best that fits."""
+    plant_sensitive(dit)
+    context = given(dit)
+    before = dict(dit.denoiser.named_modules())
+    calls = spread_calls(dit, context, 4)
+    applied = Int8(Int8Config(latency=0.75, observer="minmax")).apply(dit, context)
+    chosen = applied.metadata["precision"]
+    for name in applied.metadata["layers"]:
+        dit.denoiser.set_submodule(name, before[name])
+    Int8(Int8Config(observer="minmax")).apply(dit, context)
+    twins = {name: dit.denoiser.get_submodule(name) for name in chosen}
+    for name in twins:
+        dit.denoiser.set_submodule(name, before[name])
+    groups = decided_together({name: name.replace("to_k", "to_q").replace("to_v", "to_q") for name in chosen}, chosen)
+    assert len(groups) == 8
+    found, total = {}, context.latency(dit)[""]
+    for picked in itertools.product([False, True], repeat=len(groups)):
+        names = frozenset(name for group, on in zip(groups, picked, strict=True) if on for name in group)
+        with swapped(dit.denoiser, {name: twins[name] for name in names}):
+            if context.latency(dit)[""] <= 0.75 * total:
+                found[names] = output_error(dit.denoiser, calls)
+    ours = found[frozenset(name for name, kind in chosen.items() if kind == "static")]
+    ranked = sorted(found.values())
+    assert ours <= 1.1 * ranked[0]
+    assert ranked[len(ranked) // 2] > 1.1 * ranked[0]  # control: not every assignment would have done
+
+
+def test_static_and_dynamic_live_in_one_network(dit_folder, given, first_call, plan, tmp_path):
+    """Where one layer is faster dynamic; saved and restored, and through the engine."""
+    generator = Generator.load(dit_folder)
+    name = "transformer_blocks.0.ff.net.2"
+    plain = priced(generator)
+
+    def latency(which):
+        table = plain(which)
+        saved = 0.3 * table[name] * (precision_of(which.denoiser.get_submodule(name)) == "dynamic")
+        return table | {name: table[name] - saved, "": table[""] - saved}
+
+    context = dataclasses.replace(given(generator, "onnxruntime"), latency=latency)
+    applied = Int8(Int8Config(latency=0.67)).apply(generator, context)
+    assert applied.metadata["precision"][name] == "dynamic"
+    assert {"static", "dynamic"} <= set(applied.metadata["precision"].values())
+    expected, call = first_call(generator)
+    save_weights(generator.denoiser, tmp_path / "weights.safetensors")
+    again = Generator.load(generator.source)
+    Int8.restore(again, json.loads(json.dumps(applied.metadata)))
+    load_weights(again.denoiser, tmp_path / "weights.safetensors")
+    assert torch.equal(first_call(again, call)[0], expected)
+    built = export(generator, tmp_path / "engine", ExportConfig(), plan=plan, conditions=generator.conditions(2))
+    assert built.quantized_layers == len(applied.metadata["layers"])
+
+
+@pytest.mark.parametrize("settings", [{"error": 0.02}, {"latency": 0.7}])
+def test_other_families(sd, given, settings):
+    applied = Int8(Int8Config(**settings)).apply(sd, given(sd, "onnxruntime"))
+    decision = applied.metadata["decision"]
+    assert decision["measured"] <= next(iter(settings.values()))
+    kinds = {name: precision_of(sd.denoiser.get_submodule(name)) for name in applied.metadata["precision"]}
+    assert kinds == applied.metadata["precision"]
+
+
+def test_an_engine_slower_than_foretold_is_corrected(dit, given):
+    applied = Int8(Int8Config(latency=0.72)).apply(dit, given(dit, overhead=0.05))
+    decision = applied.metadata["decision"]
+    assert decision["first"]["measured"] > 0.72 >= decision["measured"]
+    assert decision["first"]["foretold"] <= 0.72
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"latency": 0.1}, r"latency 0\.1 cannot be met; the closest that can is 0\.\d+"),
+        ({"error": 1e-7}, r"error 1e-07 cannot be met; the closest that can is 0\.\d+"),
+    ],
+)
+def test_budgets_that_cannot_be_met(dit, given, settings, message):
+    before = dict(dit.denoiser.named_modules())
+    with pytest.raises(ConfigError, match=message):
+        Int8(Int8Config(**settings)).apply(dit, given(dit))
+    assert all(dit.denoiser.get_submodule(name) is module for name, module in before.items())
+
+
+def test_a_budget_needs_latencies(dit, context):
+    with pytest.raises(ConfigError, match=r"error 0\.1 needs latencies measured on the engine, and none are there"):
+        Int8(Int8Config(error=0.1)).apply(dit, context(dit))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"error": 0.1, "latency": 0.5}, "at most one"),
+        ({"error": 0.1, "activations": "dynamic"}, "allowed: static"),
+        ({"latency": 0.5, "context_calls": 0}, "allowed: 1 and more, null"),
+        ({"latency": 1.0}, "less than 1"),
+        ({"error": 0.0}, "greater than 0"),
+    ],
+)
+def test_configs_that_contradict_themselves(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        Int8Config(**settings)
+
+
+def test_decided_together_is_what_one_module_reads_from_one_tensor():
+    leaders = {"a.q": "a.q", "a.k": "a.q", "a.o": "a.o", "b.k": "a.q", "b.v": "a.q"}
+    assert decided_together(leaders, list(leaders)) == [["a.q", "a.k"], ["a.o"], ["b.k", "b.v"]]
