@@ -236,17 +236,23 @@ def evaluate(directory: Directory) -> None:
 def benchmark(
     directory: Directory,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved timing rounds.")] = 20,
+    beside: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="More runs, or engines, to time.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every timing.")] = None,
 ) -> None:
-    """Time the engine in DIR beside stock diffusers, in turns. The report is left alone.
+    """Time the engine in DIR beside stock diffusers and other engines, in turns. The report is left alone.
 
-    [bold]Example[/]
+    [bold]Examples[/]
 
     diffpress benchmark demo --rounds 50
-    """
-    from diffpress.compress import runner
-    from diffpress.compress.tables import timing_table
 
-    _print_table(*timing_table(runner.measure_latency(directory, rounds=rounds, progress=_progress())))
+    diffpress benchmark out/small --beside out/int8 --json small.json
+    """
+    from diffpress.compress import measured, runner, tables
+
+    rows = runner.measure_latency(directory, rounds=rounds, beside=beside or (), progress=_progress())
+    _print_table(*tables.timing_table(rows))
+    if json_file:
+        measured.write_timings(rows, json_file)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.stats
 
+from diffpress import __version__
+from diffpress.artifact import write_json
 from diffpress.compress.report import Latency, Metric, PairedMetric, Scope
 from diffpress.errors import ConfigError
 from diffpress.eval.latency import speedups
+from diffpress.eval.machine import describe_machine
 from diffpress.eval.metrics import METRICS
-from diffpress.eval.statistics import LEVEL, Estimate, interval, mean_interval, paired_difference, paired_ratio
+from diffpress.eval.statistics import (
+    LEVEL,
+    Estimate,
+    interval,
+    mean_interval,
+    median_ratio_interval,
+    paired_difference,
+    paired_ratio,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import ArrayLike
 
@@ -87,6 +100,24 @@ def latency_rows(
         )
         for name, timing in timings.items()
     )
+
+
+def over_engine(rows: Sequence[Latency]) -> list[Estimate | None]:
+    """For each row its time over the engine's at the same scope, by the rounds they share; None for the engine."""
+    engines = {row.scope: row for row in rows if row.candidate == "engine"}
+    return [
+        None if row.candidate == "engine" else median_ratio_interval(row.samples_ms, engines[row.scope].samples_ms)
+        for row in rows
+    ]
+
+
+def write_timings(rows: Sequence[Latency], file: Path) -> None:
+    """Write rows that were timed together, their times over the engine's, and the machine, as JSON."""
+    timed = [
+        dataclasses.asdict(row) | {"over the engine": ratio and dataclasses.asdict(ratio)}
+        for row, ratio in zip(rows, over_engine(rows), strict=True)
+    ]
+    write_json(file, {"version": __version__, "machine": describe_machine(), "latency": timed})
 
 
 def median_interval(values: Sequence[float], *, unit: str, level: float = LEVEL) -> Estimate:

@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from diffpress.compress.methods import METHODS
 from diffpress.compress.page import write_report
 from diffpress.compress.recipe import Recipe, dump_recipe, find_path, read_prompts
 from diffpress.compress.report import Latency, Metric, Report
-from diffpress.errors import ArtifactError, SlowEngineError
+from diffpress.errors import ArtifactError, ConfigError, SlowEngineError
 from diffpress.eval.latency import size_on_disk
 from diffpress.eval.machine import describe_machine
 from diffpress.export import check_export, export, load
@@ -282,24 +283,38 @@ def evaluate(directory: Path, *, progress: Progress = SILENT) -> Report:
         return work.evaluate()
 
 
-def measure_latency(directory: Path, *, rounds: int, progress: Progress = SILENT) -> tuple[Latency, ...]:
-    """Time the engine in ``directory`` beside the recipe's baselines; nothing is written."""
+def measure_latency(
+    directory: Path, *, rounds: int, beside: Sequence[Path] = (), progress: Progress = SILENT
+) -> tuple[Latency, ...]:
+    """Time the engine in ``directory`` beside the recipe's baselines; nothing is written.
+
+    ``beside`` are folders of other runs, or engines, of generators that take the same conditions; they are called by
+    the folders' names. Raises ConfigError where a name stands for two candidates.
+    """
     with _reopen(directory, progress) as work:
-        return measure_candidates(work, Generator(load(directory / ENGINE)), rounds=rounds)
+        names = ["engine", *work.recipe.evaluate.baselines, *(folder.name for folder in beside)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"two candidates are called {', '.join(twice)}; rename a folder")
+        others = {folder.name: folder / ENGINE if (folder / ENGINE).is_dir() else folder for folder in beside}
+        return measure_candidates(work, Generator(load(directory / ENGINE)), rounds=rounds, others=others)
 
 
-def measure_candidates(work: Run, engine: Generator, *, rounds: int) -> tuple[Latency, ...]:
-    """Latency rows of the engine and the baselines of the recipe."""
+def measure_candidates(
+    work: Run, engine: Generator, *, rounds: int, others: Mapping[str, Path] = MappingProxyType({})
+) -> tuple[Latency, ...]:
+    """Latency rows of the engine, of ``others`` and of the baselines of the recipe."""
     recipe = work.recipe
 
     def stock(dtype: torch.dtype) -> Generator:
         return work.original if dtype == torch.float32 else load_original(recipe, dtype=dtype)
 
     candidates = {"engine": timing.Candidate(engine)}
+    candidates |= {name: timing.Candidate(Generator(load(folder))) for name, folder in others.items()}
     candidates |= {name: timing.baseline(name, stock) for name in recipe.evaluate.baselines}
     for candidate in candidates.values():
         candidate.generator.use_scheduler(candidate.generator.plan_for(evaluation.plan_of(recipe)).scheduler)
-    memory = timing.memory_of({"engine": work.artifact.folder / ENGINE, "eager": work.source}, recipe, work.progress)
+    sources = {"engine": work.artifact.folder / ENGINE, **others, "eager": work.source}
+    memory = timing.memory_of(sources, recipe, work.progress)
     return timing.measure(candidates, work.original, recipe, rounds=rounds, memory=memory, progress=work.progress)
 
 

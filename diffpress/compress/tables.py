@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpress.compress.figures import candidate_name
+from diffpress.compress.measured import over_engine
 from diffpress.compress.verdict import with_interval
 from diffpress.export.attribution import KINDS
 
@@ -19,9 +20,10 @@ SLOWEST = 15
 """Layers that are shown."""
 
 
-def timing_table(rows: Iterable[Latency]) -> Table:
+def timing_table(rows: Sequence[Latency]) -> Table:
     """What was timed side by side."""
-    columns = ("scope", "candidate", "batch", "median, ms", "95 %, ms", "speed-up over eager")
+    columns = ("scope", "candidate", "batch", "median, ms", "95 %, ms", "speed-up over eager", "over the engine")
+    ratios = over_engine(rows)
     return columns, [
         (
             row.scope,
@@ -30,8 +32,9 @@ def timing_table(rows: Iterable[Latency]) -> Table:
             with_interval(row.median),
             f"{row.p95_ms:.1f}",
             with_interval(row.speedup) if row.speedup else "–",
+            with_interval(ratio) if ratio else "–",
         )
-        for row in rows
+        for row, ratio in zip(rows, ratios, strict=True)
     ]
 
 

@@ -77,6 +77,20 @@ def test_check_passes_on_itself(finished: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_two_engines_are_timed_beside_each_other(finished: Path, tmp_path: Path) -> None:
+    other, result = tmp_path / "other", tmp_path / "timings.json"
+    shutil.copytree(finished / "engine", other)
+    done = diffpress("benchmark", str(finished), "--rounds", "3", "--beside", str(other), "--json", str(result))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(result.read_text())["latency"]
+    assert {row["candidate"] for row in rows} == {"engine", "eager", "other"}
+    assert all((row["over the engine"] is None) == (row["candidate"] == "engine") for row in rows)
+    shutil.move(other, tmp_path / "eager")
+    refused = diffpress("benchmark", str(finished), "--beside", str(tmp_path / "eager"))
+    assert refused.returncode != 0
+    assert "two candidates are called eager" in refused.stderr
+
+
 def test_check_fails_on_a_doubled_scale(finished: Path, tmp_path: Path) -> None:
     worse = tmp_path / "worse"
     shutil.copytree(finished, worse)

@@ -11,7 +11,7 @@ from fabricated import RECIPE, changed, estimate, fabricate, latencies
 
 from diffpress.compress.figures import data_uri, difference, difference_gain
 from diffpress.compress.loading import load_recipe
-from diffpress.compress.measured import distribution_metric, latency_rows, median_interval, paired_metric
+from diffpress.compress.measured import distribution_metric, latency_rows, median_interval, over_engine, paired_metric
 from diffpress.compress.page import Pictures, render_html, render_markdown, write_report
 from diffpress.compress.report import SCHEMA_FILE, read_report, report_json, report_schema
 from diffpress.compress.verdict import judge, number, speed_phrase, with_interval, worst
@@ -194,6 +194,16 @@ def test_rows_from_measurements():
     assert rows["eager"].speedup is None
     assert rows["engine"].speedup.value == pytest.approx(rows["eager"].median.value / rows["engine"].median.value)
     assert rows["engine"].peak_memory_mib == 9.0
+
+
+def test_times_over_the_engine_are_of_the_same_scope():
+    def row(scope, candidate, factor):
+        timings = {candidate: Timing(candidate, tuple(factor * ms for ms in (10.0, 11.0, 12.0)), 1.0)}
+        return latency_rows(timings, scope=scope, batch=1)[0]
+
+    rows = [row("whole image", "other", 3.0), row("whole image", "engine", 1.0), row("denoiser call", "engine", 0.1)]
+    ratios = over_engine([*rows, row("denoiser call", "other", 0.2)])
+    assert [ratio and ratio.value for ratio in ratios] == [pytest.approx(3.0), None, None, pytest.approx(2.0)]
 
 
 def test_median_interval_covers():
