@@ -32,9 +32,9 @@ class Part:
     """One engine of the pipeline, as it ran while pictures were drawn."""
 
     name: str
-    """Its folder."""
+    """Its folder. A denoiser that reuses features has a part for each graph: ``unet/full``, ``unet/reuse``."""
     calls: float
-    """In one run, for all pictures of the batch."""
+    """In one run, for all pictures of the batch; of a graph, in the steps in which the cache's policy runs it."""
     run: Estimate
     """Milliseconds in one run, all calls together."""
     engine: EngineProfile

@@ -119,7 +119,13 @@ def _draw_parts(axes: Axes, found: RunProfile) -> None:
 def _draw_layers(axes: Axes, layers: Sequence[LayerTime]) -> None:
     axes.barh(range(len(layers)), [layer.ms for layer in layers], 0.62, color=[_COLORS[layer.kind] for layer in layers])
     axes.set_xlabel("slowest layers, ms in a run")
-    _name_rows(axes, [layer_label(layer) for layer in layers])
+    _name_rows(axes, map(_label, layers))
+
+
+def _label(layer: LayerTime) -> str:
+    """Of several graphs of one denoiser, it says which: ``mid_block.resnets.0 (full)``."""
+    _, _, graph = layer.part.partition("/")
+    return f"{layer_label(layer)} ({graph})" if graph else layer_label(layer)
 
 
 def _name_rows(axes: Axes, names: Iterable[str]) -> None:

@@ -99,7 +99,7 @@ class _AtCut:
         """``cache.i``: h_b - h_a, or h_b."""
         if self.cut.start is None:
             for i, value in self.end.items():
-                value.name = f"cache.{i}"
+                _rename(value, f"cache.{i}")
             return list(self.end.values())
         return [self._compute("Sub", value, self.start[i], f"cache.{i}") for i, value in self.end.items()]
 
@@ -144,6 +144,14 @@ class _AtCut:
             return
         order = {other: index for index, other in enumerate(self.graph)}
         self.graph.insert_after(max(producers, key=order.__getitem__), node)
+
+
+def _rename(value: ir.Value, name: str) -> None:
+    """Also in the name of the node that makes it: `scopes.read_sources` knows a node's submodule by both."""
+    node = value.producer()
+    if node is not None and node.name:
+        node.name = node.name.removesuffix(value.name or "") + name
+    value.name = name
 
 
 def eight_bit_weights(path: Path) -> int:

@@ -170,8 +170,8 @@ def layer_latency(
 ) -> dict[str, float]:
     """Milliseconds of one denoiser call on the engine that ``settings`` ask for, by submodule of the denoiser.
 
-    Exports the denoiser as it is now to a folder that does not stay, and times it on the call of `open_denoiser`. See
-    `latency_table`. Raises what those and `profile` raise.
+    Exports the denoiser as it is now to a folder that does not stay, and times it on the call of `open_denoiser`: all
+    of it, also where a cache lets steps skip some. See `latency_table`. Raises what those and `profile` raise.
     """
     with tempfile.TemporaryDirectory() as folder:
         session, inputs = open_denoiser(generator, settings, Path(folder), plan=plan, conditions=conditions)

@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from diffpress.__main__ import run
+from diffpress.caching import CachePolicy
 from diffpress.compress.profile import Part, RunProfile, _watch, profile_engine
 from diffpress.compress.profile_output import profile_data, profile_plot
 from diffpress.compress.tables import honesty_table, layers_table, parts_table
@@ -19,6 +20,8 @@ from diffpress.export.build import MANIFEST
 from diffpress.export.modules import EngineModule
 from diffpress.export.profile import EngineProfile
 from diffpress.generator import Generator, SamplingPlan
+from diffpress.prune.cuts import find_cut
+from diffpress.prune.reuse import Runs
 
 PLAN = SamplingPlan(steps=3, guidance_scale=3.0)
 
@@ -49,6 +52,44 @@ def test_the_parts_add_up_to_the_run(run_folder):
     total = sum(part.run.value for part in found.parts)
     assert sum(layer.ms for layer in found.layers()) == pytest.approx(total)
     assert any(layer.module.startswith("text_model") or layer.part == "text_encoder" for layer in found.layers())
+
+
+CACHED = {
+    "ddpm": ({"kind": "schedule", "computed": (True, False, True)}, {"full": 2, "reuse": 1}),
+    "dit": (
+        {"kind": "threshold", "computed": (True, False, False), "threshold": 1e9, "most": 1},  # reused once in a row
+        {"first": 3, "rest": 2, "last": 1},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CACHED)
+def test_each_graph_of_a_cached_denoiser_is_measured(request, family, context, tmp_path):
+    generator, (settings, calls) = request.getfixturevalue(family), CACHED[family]
+    given = context(generator)
+    cut = find_cut(generator, given.conditions, PLAN, keep_first=None, keep_last=None, branch=None)
+    generator.cache = CachePolicy(cut=cut, timesteps=Runs(generator, given, 1).timesteps, **settings)
+    export(generator, tmp_path / "engine", ExportConfig(), plan=PLAN, conditions=given.conditions)
+    found = profile_engine(tmp_path, batch=2, rounds=2)
+    name = generator.denoiser_name
+    parts = {part.name: part for part in found.parts if part.name.startswith(name)}
+    assert {part: measured.calls for part, measured in parts.items()} == {f"{name}/{g}": n for g, n in calls.items()}
+    total = sum(part.run.value for part in found.parts)
+    assert total < found.whole.high
+    assert sum(layer.ms for layer in found.layers()) == pytest.approx(total)
+    for graph in calls:
+        part = parts[f"{name}/{graph}"]
+        assert part.engine.unattributed_ms == 0
+        products = [layer for layer in part.engine.layers if layer.kind in ("linear", "convolution")]
+        seen = {module for layer in products for module in layer.modules}
+        skipped = [module for module in seen if f"{module}.".startswith(tuple(f"{gone}." for gone in cut.skipped))]
+        assert bool(skipped) == (graph in ("full", "rest"))  # the others do without
+    rows = {row[0]: row for row in parts_table(found)[1]}
+    assert [rows[f"{name}/{graph}"][1] for graph in calls] == [str(count) for count in calls.values()]
+    labels = [f"({graph})" for graph in calls if any(layer.part == f"{name}/{graph}" for layer in found.layers()[:15])]
+    assert labels
+    assert all(label in profile_plot(found) for label in labels)
 
 
 @pytest.mark.slow

@@ -19,10 +19,12 @@ from diffpress.errors import ArtifactError, ConfigError, EngineError, ParityErro
 from diffpress.export.build import MANIFEST, check_export, export
 from diffpress.export.components import find_components
 from diffpress.export.cut import PIECES, cut_piece, eight_bit_weights, export_pieces, piece_path
+from diffpress.export.graph import clean
 from diffpress.export.load import load
 from diffpress.export.modules import CachedEngineDenoiser
 from diffpress.export.parity import compare
 from diffpress.export.replay import prove_cache
+from diffpress.export.scopes import read_sources
 from diffpress.export.session import open_session
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan, argument_names
@@ -102,6 +104,19 @@ def test_a_feature_that_is_kept_itself():
     assert compute(full, x=1, t=5, y=7) == {"out_sample": 89 * 5, "cache.0": 89}
     assert names_of(reuse) == ["t", "cache.0"]
     assert compute(reuse, t=3, **{"cache.0": 89}) == {"out_sample": 89 * 3}
+
+
+@pytest.mark.parametrize("cut", [BLOCKS, LAYER])
+def test_nodes_of_pieces_have_a_known_submodule(cut, tmp_path):
+    for piece in ("", *PIECES["schedule" if cut is LAYER else "threshold"]):
+        model = traced()
+        clean(model)
+        cut_piece(model, cut, piece)
+        ir.save(model, tmp_path / "piece.onnx")
+        assert all(source.module is not None for source in read_sources(tmp_path / "piece.onnx").nodes)
+        model.graph.outputs[-1].producer().name = "b/Mul_other"
+        ir.save(model, tmp_path / "piece.onnx")
+        assert any(source.module is None for source in read_sources(tmp_path / "piece.onnx").nodes)
 
 
 def test_an_end_that_nothing_reads():
