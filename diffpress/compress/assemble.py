@@ -147,13 +147,17 @@ def _training(run: Run) -> tuple[Training, ...]:
 
 
 def _sensitivity(run: Run) -> tuple[LayerError, ...]:
-    """Layer errors of every stage that measured them, worst first."""
-    found: dict[str, float] = {}
+    """Layer errors of every stage that measured them, worst first; by the error in context where that was measured."""
+    found: dict[str, LayerError] = {}
     for number, (name, _) in enumerate(run.stages):
         folder = run.artifact.folder / "stages" / stage_name(number, name)
-        found |= read_json(folder / "metadata.json").get("sensitivity", {})
-    rows = (LayerError(layer=layer, error=error) for layer, error in found.items())
-    return tuple(sorted(rows, key=lambda row: -row.error))
+        facts = read_json(folder / "metadata.json")
+        in_context, precision = facts.get("in_context", {}), facts.get("precision", {})
+        for layer, error in facts.get("sensitivity", {}).items():
+            found[layer] = LayerError(
+                layer=layer, error=error, in_context=in_context.get(layer), precision=precision.get(layer)
+            )
+    return tuple(sorted(found.values(), key=lambda row: (-(row.in_context or 0.0), -row.error)))
 
 
 def stage_name(number: int, method: str) -> str:

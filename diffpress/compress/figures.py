@@ -107,17 +107,38 @@ def latency_plot(rows: Sequence[Latency]) -> str | None:
 
 
 def sensitivity_plot(layers: Sequence[LayerError]) -> str | None:
-    """The layers that cost most, as horizontal bars; None when it was not measured."""
+    """The layers that cost most, as horizontal bars; None when it was not measured.
+
+    By the error of the denoiser's output where that was measured, beside that of the layer's own output. Layers that
+    stay in float are hollow.
+    """
     if not layers:
         return None
-    shown = sorted(layers, key=lambda layer: layer.error)[-_LAYERS:]
-    with _axes(7.2, 0.8 + 0.26 * len(shown)) as (axes, result):
-        axes.barh(range(len(shown)), [layer.error for layer in shown], height=0.62, color=_ACCENT)
+    in_context = any(layer.in_context is not None for layer in layers)
+    shown = sorted(layers, key=lambda layer: (layer.in_context or 0.0, layer.error))[-_LAYERS:]
+    with _axes(7.2, 0.8 + (0.34 if in_context else 0.26) * len(shown)) as (axes, result):
+        if in_context:
+            _bars(axes, shown, [layer.in_context or 0.0 for layer in shown], at=0.2, height=0.4, color=_ACCENT)
+            _bars(axes, shown, [layer.error for layer in shown], at=-0.2, height=0.3, color=_PLAIN)
+        else:
+            _bars(axes, shown, [layer.error for layer in shown], at=0.0, height=0.62, color=_ACCENT)
         axes.set_yticks(range(len(shown)), [layer.layer for layer in shown], fontsize=9)
         axes.set_ylim(-0.6, len(shown) - 0.4)
-        axes.set_xlabel("relative L2 error of the layer's output")
+        axes.set_xlabel(
+            "relative L2 error: thick, of the denoiser's output; thin, of the layer's own"
+            if in_context
+            else "relative L2 error of the layer's output"
+        )
         _plain_rows(axes)
     return result[0]
+
+
+def _bars(
+    axes: Axes, layers: Sequence[LayerError], values: Sequence[float], *, at: float, height: float, color: str
+) -> None:
+    places = [index + at for index in range(len(layers))]
+    fills = ["none" if layer.precision == "float" else color for layer in layers]
+    axes.barh(places, values, height=height, color=fills, edgecolor=color, linewidth=1.0)
 
 
 def loss_plot(trainings: Sequence[Training]) -> str | None:

@@ -201,6 +201,10 @@ class LayerError:
     """Name of the module."""
     error: Amount
     """Relative L2 error of the layer's output when only it is quantized."""
+    in_context: Amount | None = None
+    """Relative L2 error of the denoiser's output when only this layer is quantized; null: not measured."""
+    precision: Literal["static", "dynamic", "float"] | None = None
+    """What the layer became: 8 bits with that kind of range, or float under a budget; null: not said."""
 
 
 @config
