@@ -77,9 +77,19 @@ def width(share: float) -> dict[str, list[dict]]:
     }
 
 
+def caches() -> dict[str, list[dict]]:
+    """Caches by their error budget, and what they compete with: fewer steps, their timesteps searched."""
+    return {
+        f"{method}, error {error:g}": [{"prune.steps": {"method": method, "error": error}}]
+        for method in ("interval", "taylor", "first_block")
+        for error in (0.05, 0.1, 0.2)
+    } | {f"{steps} steps": [{"prune.schedule": {"steps": steps}}] for steps in (4, 6, 8, 10, 12, 14)}
+
+
 NOTHING: dict[str, list[dict]] = {"nothing removed": []}
 KINDS: dict[str, dict[str, list[dict]]] = {
     "quantize": QUANTIZE,
+    "cache": NOTHING | caches(),
     "depth": NOTHING | depth(0.25) | depth(0.5),
     "width": NOTHING | width(0.75) | width(0.5),
 }
