@@ -30,6 +30,7 @@ from diffpress.sampling import SamplingPlan, on_grid, patched, switch_scheduler
 
 if TYPE_CHECKING:
     from diffpress.caching import CachePolicy
+    from diffpress.structures import Nested
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class Generator:
         """How a generator that was made for it (a student, a searched schedule) is sampled; None: in any way."""
         self.cache: CachePolicy | None = None
         """How its engine reuses features from step to step; torch does so only inside `caching.cached`."""
+        self.nested: Nested | None = None
+        """Narrower networks that the denoiser's weights hold as prefixes; None: it is one network."""
         self._arguments = inspect.signature(type(pipeline).__call__).parameters
         self.conditioning_kind  # noqa: B018 - an unknown family is refused here
         pipeline.set_progress_bar_config(disable=True)

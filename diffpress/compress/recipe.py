@@ -173,7 +173,7 @@ class Recipe:
 
 def misplaced(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
     """(index, what is wrong) of each stage that cannot stand where it does, in the order of the stages."""
-    rules = (_after_quantizer, _after_fitted, _nothing_pruned, _nothing_left)
+    rules = (_after_quantizer, _after_fitted, _nothing_pruned, _nothing_nested, _nothing_left)
     return sorted(wrong for rule in rules for wrong in rule(stages))
 
 
@@ -211,6 +211,19 @@ def _nothing_pruned(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
         for index, stage in enumerate(stages)
         if stage.method == "prune.recover" and not any(earlier.method in PRUNING for earlier in stages[:index])
     ]
+
+
+def _nothing_nested(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
+    """A ``prune.width`` that takes a width where no earlier one has nested any."""
+    wrong, nested = [], False
+    for index, stage in enumerate(stages):
+        if stage.method == "prune.width":
+            take, made = (getattr(stage.config, name, None) for name in ("take", "nested"))
+            if take is not None and not nested:
+                what = f"{_place(stages, index)}: no widths are nested for take {take:g}"
+                wrong.append((index, f"{what}; allowed: after prune.width with nested"))
+            nested = made is not None or (nested and take is None)
+    return wrong
 
 
 def _nothing_left(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +37,7 @@ from diffpress.distill.student import (
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, patched
 from diffpress.stage import Applied, Context
+from diffpress.structures import Structure, find_structures, masked
 from diffpress.targets import Target
 from diffpress.training import Draw, TrainingSettings, fit
 
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 _CODES = (torch.int8, torch.uint8)  # of weights that are quantized
 
 Seen = dict[str, tuple[Tensor, ...]]
+Kept = Mapping[str, Sequence[int]]
+"""Units that stay in a narrower network, by structure."""
 
 
 @config
@@ -199,16 +202,22 @@ def _apart(block: nn.Module, other: nn.Module) -> float:
 
 @contextmanager
 def compared(
-    student: nn.Module, teacher: nn.Module, call: Callable[[nn.Module], Tensor], places: Sequence[tuple[str, str]]
+    student: nn.Module,
+    teacher: nn.Module,
+    call: Callable[[nn.Module], Tensor],
+    places: Sequence[tuple[str, str]],
+    *,
+    nested: bool = False,
 ) -> Iterator[Ends]:
     """`Ends` of those of ``places`` that give tensors of one shape in both networks, seen by ``call(network)``.
 
-    Raises ConfigError where the two networks are alike in structure and output.
+    Raises ConfigError where the two networks are alike in structure and output, unless narrower ones are ``nested``.
     """
     with watched(student, [a for a, _ in places]) as ours, watched(teacher, [b for _, b in places]) as theirs:
         with torch.no_grad():
             outputs = [call(network) for network in (student, teacher)]
-        if _shapes(student.state_dict().values()) == _shapes(teacher.state_dict().values()) and torch.equal(*outputs):
+        same = _shapes(student.state_dict().values()) == _shapes(teacher.state_dict().values())
+        if same and not nested and torch.equal(*outputs):
             raise ConfigError("the denoiser is the original's: there is nothing to recover; allowed: after pruning")
         kept = [(a, b) for a, b in places if ours.get(a) and _shapes(ours[a]) == _shapes(theirs.get(b, ()))]
         say = logger.warning if places and not kept else logger.info
@@ -220,9 +229,18 @@ def _shapes(tensors: Iterable[Tensor]) -> list[torch.Size]:
     return [tensor.shape for tensor in tensors]
 
 
+def sandwich(widths: Sequence[Kept], step: int) -> list[Kept]:
+    """The first of ``widths``, the last, and one of those between in turn (Yu & Huang 2019, section 3.2)."""
+    between = widths[1:-1]
+    return [*widths[:1], *([between[step % len(between)]] if between else []), *widths[1:][-1:]]
+
+
 @dataclasses.dataclass(frozen=True)
 class RecoverLoss:
-    """Mean over a batch of d(student(x_t, t, c), teacher(x_t, t, c)), and what `Ends` says beside it."""
+    """Mean over a batch of d(student(x_t, t, c), teacher(x_t, t, c)), and what `Ends` says beside it.
+
+    Of nested networks the mean over those of `sandwich`.
+    """
 
     pairs: Pairs
     teacher: nn.Module
@@ -231,6 +249,10 @@ class RecoverLoss:
     config: RecoverConfig
     ends: Ends | None = None
     """None: outputs alone."""
+    structures: Mapping[str, Structure] = dataclasses.field(default_factory=dict)
+    """Of the student, where networks are nested in it."""
+    widths: Sequence[Kept] = ({},)
+    """Of the nested networks, the whole first."""
 
     def __call__(self, network: nn.Module, draw: Draw) -> Tensor:
         rows = draw.mine(draw.rows(len(self.pairs))).cpu()  # records stay in main memory, a batch moves
@@ -240,13 +262,21 @@ class RecoverLoss:
         given = self.conditions.mixed(rows, free).to(draw.device)
         with torch.no_grad():
             wanted = denoise(self.teacher.to(draw.device), x_t, told, given).float()
-        error = denoise(network, x_t, told, given).float() - wanted
-        each = pseudo_huber(error, HUBER) if self.config.loss == "huber" else error.flatten(1).square().mean(1)
-        loss, weight = each.mean(), self.weight(draw.step)
+        losses = []
+        for kept in sandwich(self.widths, draw.step):
+            with masked(self.structures, kept):
+                losses.append(self.distance(denoise(network, x_t, told, given).float() - wanted, draw.step))
         if self.ends is not None:
-            loss = loss + weight * self.ends.distance(self.config.mask) if weight else loss
             self.ends.forget()
-        return loss
+        return torch.stack(losses).mean()
+
+    def distance(self, error: Tensor, step: int) -> Tensor:
+        """The loss of outputs that are off by ``error`` [n, c, ...], and of the features that `Ends` has just seen."""
+        each = pseudo_huber(error, HUBER) if self.config.loss == "huber" else error.flatten(1).square().mean(1)
+        weight = self.weight(step)
+        if self.ends is None or not weight:
+            return each.mean()
+        return each.mean() + weight * self.ends.distance(self.config.mask)
 
     def weight(self, step: int) -> float:
         """Of the features in update ``step``: falls linearly over the first `decay` of the training."""
@@ -294,13 +324,23 @@ class Recover:
         conditions, schedule = Conditions.of(original, train, plan, told=True), schedule_of(original, train)
         teacher = original.denoiser.eval().requires_grad_(False)
         places = shared_blocks(generator.denoiser, teacher) if settings.features else []
+        structures, widths = _nested(generator, settings.training)
         call = _probe(generator, train, conditions)
+
+        def errors() -> dict[str, float]:
+            found = {}
+            for share, kept in widths.items():
+                with masked(structures, kept):
+                    found[share] = float(held_out_error(generator, held_out, plan, batch_size=batch_size).mean())
+            return found
+
         with patched(generator.pipeline, "scheduler", original.pipeline.scheduler):
-            before = held_out_error(generator, held_out, plan, batch_size=batch_size)
-            with compared(generator.denoiser, teacher, call, places) as ends:
+            before = errors()
+            with compared(generator.denoiser, teacher, call, places, nested=len(widths) > 1) as ends:
+                loss = RecoverLoss(train, teacher, conditions, schedule, settings, ends if ends.places else None)
                 fitted = fit(
                     generator.denoiser,
-                    RecoverLoss(train, teacher, conditions, schedule, settings, ends if ends.places else None),
+                    dataclasses.replace(loss, structures=structures, widths=list(widths.values())),
                     settings.training,
                     seed=context.train_seed,
                     key=fingerprint(dataclasses.asdict(settings)),
@@ -308,12 +348,15 @@ class Recover:
                     progress=context.progress,
                     preview=previews(generator, conditions.unique, work, plan),
                 )
-            after = held_out_error(generator, held_out, plan, batch_size=batch_size)
-        error = {"held_out_error": float(after.mean()), "pruned_error": float(before.mean())}
+            after = errors()
+        error: dict[str, Any] = {"held_out_error": after["1"], "pruned_error": before["1"]}
         summary = (
             f"{len(fitted.losses)} updates towards the original: held-out error {error['held_out_error']:.3f}, "
             f"{error['pruned_error']:.3f} before"
         )
+        if len(widths) > 1:
+            error["nested"] = [{"share": share, "error": after[share], "before": before[share]} for share in widths]
+            summary += "".join(f"; width {share}: {after[share]:.3f}, {before[share]:.3f} before" for share in widths)
         return Applied(generator, {"losses": fitted.losses} | error, summary)
 
     @staticmethod
@@ -332,6 +375,20 @@ def _original(generator: Generator, context: Context) -> Generator:
             "allowed: prune.recover before a stage that fixes how pictures are drawn"
         )
     return original
+
+
+def _nested(generator: Generator, training: TrainingSettings) -> tuple[dict[str, Structure], dict[str, Kept]]:
+    """(structures, units that stay in each network that is nested in the denoiser, by its share, the whole first).
+
+    ConfigError for a training that nested networks cannot have.
+    """
+    made, network = generator.nested, generator.denoiser
+    if made is None:
+        return {}, {"1": {}}
+    for name, value, allowed in (("rank", training.rank, "null"), ("compile", training.compile, "false")):
+        if value:
+            raise ConfigError(f"prune.recover: training.{name} does not go with nested widths; allowed: {allowed}")
+    return find_structures(network, made.kinds), {f"{share:g}": made.kept(network, share) for share in made.shares}
 
 
 def _probe(generator: Generator, pairs: Pairs, conditions: Conditions) -> Callable[[nn.Module], Tensor]:

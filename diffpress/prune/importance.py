@@ -18,8 +18,8 @@ from diffpress.denoise import Conditioning, denoise, encode, trajectory
 from diffpress.diffusion import ddim, target
 from diffpress.generator import Call, Generator, argument_names
 from diffpress.prune.recorded import answer
-from diffpress.prune.structures import Structure, gated
 from diffpress.stage import Context
+from diffpress.structures import Structure, gated
 
 Importance = Literal["hessian", "taylor", "magnitude", "random"]
 

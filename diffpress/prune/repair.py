@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from diffpress.generator import Generator
 from diffpress.layer_inputs import LARGEST, columns, groups, positions, pre_hooks, rows_at, rows_per_call
-from diffpress.prune.structures import Structure
 from diffpress.stage import Context
+from diffpress.structures import Structure
 
 
 def absorb(weight: Tensor, gram: Tensor, removed: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:

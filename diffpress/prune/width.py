@@ -5,11 +5,13 @@ The choice is global under a latency or parameter budget, as in NViT (Yang et al
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
 from diffpress.budget import Option, choose
@@ -19,11 +21,10 @@ from diffpress.generator import Generator
 from diffpress.prune.importance import Importance, unit_scores
 from diffpress.prune.recorded import mean_error, record
 from diffpress.prune.repair import repair
-from diffpress.prune.structures import Kind, Structure, find_structures
 from diffpress.stage import Applied, Context
+from diffpress.structures import Kind, Nested, Structure, find_structures, masked, uniform_counts, widths
 from diffpress.targets import Target
 
-WIDTHS = 64  # that one structure can choose from under a budget
 JUDGED = 8  # calls that say how far the denoiser's output has moved
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -31,7 +32,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @config
 class WidthConfig:
-    """How much goes, and how it is chosen; one of keep, latency and parameters."""
+    """How much goes, and how it is chosen; one of keep, latency, parameters, nested and take."""
 
     keep: Share | None = None
     """Share of its width that every structure keeps, alike."""
@@ -39,6 +40,12 @@ class WidthConfig:
     """Share of a denoiser call's time on the engine that is kept; each structure gets the width that costs least."""
     parameters: Share | None = None
     """Share of the denoiser's parameters that is kept; each structure gets the width that costs least."""
+    nested: Annotated[tuple[Share, ...], Field(min_length=2)] | None = None
+    """Shares of its width that every structure can be cut to later, 1 first and then falling: units are put in the
+    order of their importance, which changes nothing that the denoiser computes, and nothing goes yet."""
+    take: Share | None = None
+    """The one of an earlier stage's ``nested`` that stays: its weights are cut out, nothing is chosen or refitted, and
+    the other settings do not matter."""
     kinds: tuple[Kind, ...] = ("heads", "mlp", "resnet")
     """What can go: attention heads, hidden channels of MLPs, inner channels of U-Net resnets."""
     importance: Importance = "hessian"
@@ -55,19 +62,15 @@ class WidthConfig:
 
     @model_validator(mode="after")
     def _one_budget(self) -> WidthConfig:
-        given = [name for name in ("keep", "latency", "parameters") if getattr(self, name) is not None]
+        names = ("keep", "latency", "parameters", "nested", "take")
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"{' and '.join(given) or 'no budget'} given; allowed: one of keep, latency, parameters")
+            raise ValueError(f"{' and '.join(given) or 'no budget'} given; allowed: one of {', '.join(names)}")
+        if self.nested is not None and (self.nested[:1] != (1.0,) or any(a <= b for a, b in pairwise(self.nested))):
+            raise ValueError(f"nested {', '.join(map(str, self.nested))}; allowed: 1, then smaller and smaller")
         if not self.kinds:
             raise ValueError("kinds is empty; allowed: heads, mlp, resnet")
         return self
-
-
-def widths(structure: Structure, align: int) -> list[int]:
-    """Units that ``structure`` can keep, fewest first: whole multiples of ``align`` channels, and all of them."""
-    step = structure.step(align)
-    step *= math.ceil(structure.units / step / WIDTHS) or 1
-    return [*range(step, structure.units, step), structure.units]
 
 
 def best_units(scores: Tensor, count: int) -> list[int]:
@@ -78,14 +81,6 @@ def best_units(scores: Tensor, count: int) -> list[int]:
 def cost(scores: Tensor, count: int) -> float:
     """Sum of the scores of all but the ``count`` highest."""
     return float(scores.sort(descending=True).values[count:].sum())
-
-
-def uniform_counts(structures: Mapping[str, Structure], keep: float, align: int) -> dict[str, int]:
-    """For each structure the allowed width nearest to ``keep`` of its units, of equals the wider one."""
-    return {
-        name: min(reversed(widths(structure, align)), key=lambda count: abs(count - keep * structure.units))
-        for name, structure in structures.items()
-    }
 
 
 def cheapest_counts(
@@ -133,15 +128,26 @@ class Width:
             counts = uniform_counts(structures, keep, align)
             if all(count == structures[name].units for name, count in counts.items()):
                 raise ConfigError(f"keep {keep:g} leaves every width as it is in multiples of {align}; allowed: less")
+        for wide, narrow in pairwise(self.config.nested or ()):
+            if uniform_counts(structures, wide, align) == uniform_counts(structures, narrow, align):
+                raise ConfigError(f"nested {narrow:g} is as wide as {wide:g} in multiples of {align}; allowed: less")
         if self.config.parameters is not None:
             self._room(structures, parameters_per_unit(structures), _parameters(generator.denoiser), "parameters")
 
     def apply(self, generator: Generator, context: Context) -> Applied:
-        """Raises ConfigError for a latency budget that cannot be met, or one without a table of latencies."""
+        """Raises ConfigError for a latency budget that cannot be met, or one without a table of latencies.
+
+        And for ``take`` where there are no nested widths, or not this one.
+        """
         settings, network = self.config, generator.denoiser
+        if settings.take is not None:
+            return self._take(generator, settings.take)
         structures = self._structures(network)
         table = self._table(generator, context)
         scores = unit_scores(settings.importance, structures, generator, context, samples=settings.samples)
+        if settings.nested is not None:
+            made = Nested(shares=settings.nested, kinds=settings.kinds, align=settings.align)
+            return self._sort(generator, context, structures, scores, made)
         counts = self._counts(structures, scores, network, table)
         kept = {
             name: best_units(scores[name], count) for name, count in counts.items() if count < structures[name].units
@@ -159,6 +165,47 @@ class Width:
             metadata["latency"] = self._predicted(structures, counts, table)
             sentence += f", {metadata['latency']:.0%} of the time predicted"
         return Applied(generator, metadata, f"{sentence}; the denoiser's output moved by {error:.1%}")
+
+    def _sort(
+        self,
+        generator: Generator,
+        context: Context,
+        structures: Mapping[str, Structure],
+        scores: Mapping[str, Tensor],
+        made: Nested,
+    ) -> Applied:
+        """Put the units in the order of their scores, the highest first; the whole network computes what it did."""
+        network = generator.denoiser
+        calls = record(generator, context, JUDGED, "Pruning: recording")
+        order = {name: scores[name].argsort(descending=True, stable=True).tolist() for name in structures}
+        for name, units in order.items():
+            structures[name].narrow(units)
+        generator.nested = made
+        errors = {}
+        for share in made.shares:
+            with masked(structures, made.kept(network, share)):
+                errors[f"{share:g}"] = mean_error(network, calls) ** 0.5
+        moved = ", ".join(f"{error:.1%} at {float(share):.0%}" for share, error in errors.items())
+        summary = f"sorted by {self.config.importance} for {len(errors)} widths: the denoiser's output moves by {moved}"
+        facts = {"nested": dataclasses.asdict(made), "order": order, "output_errors": errors}
+        return Applied(generator, {"kept": {}} | facts, summary)
+
+    def _take(self, generator: Generator, share: float) -> Applied:
+        """Cut out the weights of one of the nested widths."""
+        made, network = generator.nested, generator.denoiser
+        if made is None:
+            raise ConfigError(f"take {share:g}: no widths are nested; allowed: after prune.width with nested")
+        if share not in made.shares:
+            shares = ", ".join(f"{each:g}" for each in made.shares)
+            raise ConfigError(f"take {share:g} is not nested; allowed: {shares}")
+        structures, kept = find_structures(network, made.kinds), made.kept(network, share)
+        counts, before = {name: structure.units for name, structure in structures.items()}, _parameters(network)
+        counts |= {name: len(units) for name, units in kept.items()}
+        for name, units in kept.items():
+            structures[name].narrow(units)
+        generator.nested, left = None, _parameters(network) / before
+        summary = f"the nested width {share:.0%}: {_describe(structures, counts)}: {left:.0%} of the parameters"
+        return Applied(generator, {"kept": kept, "nested": None, "parameters": left}, summary)
 
     def _structures(self, network: nn.Module) -> dict[str, Structure]:
         structures = find_structures(network, self.config.kinds)
@@ -216,10 +263,13 @@ class Width:
 
     @staticmethod
     def restore(generator: Generator, metadata: dict[str, Any]) -> None:
-        """Narrow the layers to the shapes they had; weights are loaded afterwards."""
+        """Narrow the layers to the shapes they had, and nest what was nested; weights are loaded afterwards."""
         structures = find_structures(generator.denoiser, ("heads", "mlp", "resnet"))
         for name, units in metadata["kept"].items():
             structures[name].narrow(units)
+        if "nested" in metadata:
+            made = metadata["nested"]
+            generator.nested = None if made is None else TypeAdapter(Nested).validate_python(made)
 
 
 def parameters_per_unit(structures: Mapping[str, Structure]) -> dict[str, float]:

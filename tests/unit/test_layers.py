@@ -10,7 +10,10 @@ import diffpress
 PACKAGE = Path(diffpress.__file__).parent
 STAGES = ("quantize", "prune", "distill", "export", "eval")
 FLOORS = (
-    ("errors", "budget", "config", "processes", "progress", "memory", "targets", "diffusion", "sampling", "checkpoint"),
+    (
+        *("errors", "budget", "config", "processes", "progress", "memory", "targets", "diffusion", "sampling"),
+        *("checkpoint", "structures"),
+    ),
     ("generator", "denoise", "stage", "artifact", "training", "lora", "caching", "layer_inputs"),
     STAGES,
     ("compress",),

@@ -97,6 +97,18 @@ def test_recovery_of_nothing_is_refused(tmp_path, before):
 
 
 @pytest.mark.parametrize(
+    "before",
+    [(), ("prune.width: {keep: 0.5}",), ("prune.width: {nested: [1, 0.5]}", "prune.width: {take: 0.5}")],
+)
+def test_a_width_that_nothing_has_nested_is_not_taken(tmp_path, before):
+    found = problems(tmp_path, *before, "prune.width: {take: 0.5}")
+    place = f"stages.{len(before)}.prune.width"
+    what = f"{place}: no widths are nested for take 0.5; allowed: after prune.width with nested"
+    assert found == [(f"mine.yaml:{3 + len(before)}", what)]
+    assert problems(tmp_path, "prune.width: {nested: [1, 0.5]}", "prune.recover", "prune.width: {take: 0.5}") == []
+
+
+@pytest.mark.parametrize(
     ("early", "late", "why"),
     [
         ("distill.reflow", "prune.recover", "learns from the original, but {0} has made a student of another function"),

@@ -16,11 +16,13 @@ from diffpress.distill.recover import (
     RecoverLoss,
     origins,
     relative_distance,
+    sandwich,
     shared_blocks,
     watched,
 )
 from diffpress.distill.student import Conditions, collect, schedule_of
 from diffpress.prune.reduction import CoarseBlocks, TokenGrid
+from diffpress.structures import find_structures
 from diffpress.training import draw_of
 
 
@@ -220,6 +222,29 @@ def test_features_weigh_what_the_option_says(made):
         assert not loss.ends.teacher
     assert values[2] - values[0] == pytest.approx(2 * (values[1] - values[0]), rel=1e-4)
     assert values[1] > 1.1 * values[0]
+
+
+def test_sandwich_has_the_widest_the_narrowest_and_each_other_in_turn():
+    a, b, c, d = ({name: [0]} for name in "abcd")
+    assert sandwich([a], 3) == [a]
+    assert sandwich([a, d], 3) == [a, d]
+    assert [sandwich([a, b, c, d], step) for step in range(3)] == [[a, b, d], [a, c, d], [a, b, d]]
+
+
+def test_loss_of_nested_networks_is_the_mean_over_the_sandwich(made):
+    loss, student = made(without(make_dit(), 1).denoiser)
+    structures = find_structures(student, ("heads", "mlp"))
+    widths = [{}, *({name: list(range(units)) for name in structures if "ff" in name} for units in (48, 32, 16))]
+
+    def value(*which, step=0):
+        nested = replace(loss, structures=structures, widths=[widths[index] for index in which])
+        return nested(student, replace(draw_of(0, seed=0, batch_size=8), step=step)).item()
+
+    alone = [value(index) for index in range(4)]
+    assert len({round(each, 6) for each in alone}) == 4
+    assert value(0, 1, 2, 3) == pytest.approx((alone[0] + alone[1] + alone[3]) / 3, rel=1e-5)
+    loss(student, draw_of(0, seed=0, batch_size=8))  # and the network is whole again
+    assert value(0) == pytest.approx(alone[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("states", ["noised", "path"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruned import PAIRS, PLAN, SMALL, TRAINING, Skip, make_dit, recovered, without
+from pruned import PAIRS, PLAN, SMALL, TRAINING, Skip, context_of, make_dit, recovered, without
 from tiny import make_flux
 
 from diffpress.denoise import denoise, encode, trajectory
@@ -15,6 +15,8 @@ from diffpress.distill.recover import Recover, RecoverConfig, RecoverLoss
 from diffpress.distill.student import trailing
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan
+from diffpress.prune.width import Width, WidthConfig
+from diffpress.structures import Nested, find_structures, masked
 
 
 @pytest.mark.parametrize("changes", [{}, {"features": 0.0}, {"states": "path"}, {"loss": "huber"}, {"mask": None}])
@@ -27,6 +29,65 @@ def test_dit_recovers(tmp_path, changes):
     assert f"held-out error {facts['held_out_error']:.3f}, {facts['pruned_error']:.3f} before" in applied.summary
     assert json.loads(json.dumps(facts)) == facts
     assert len(generator.denoiser.transformer_blocks) == 3
+
+
+def nested_dit(tmp_path, shares=(1.0, 0.75, 0.5)):
+    """Channels in an order that nobody chose, so that each width needs the training."""
+    generator = make_dit(blocks=2)
+    settings = WidthConfig(nested=shares, importance="random", kinds=("mlp",))
+    Width(settings).apply(generator, context_of(tmp_path, None))
+    return generator
+
+
+def test_nested_widths_recover_together(tmp_path):
+    """The whole network has nothing to learn, and keeps to what it was."""
+    generator = nested_dit(tmp_path)
+    weights = copy.deepcopy(generator.denoiser.state_dict())
+    training = replace(TRAINING, learning_rate=1e-3)
+    applied = recovered(tmp_path, generator, lambda: make_dit(blocks=2), training=training)
+    rows = {row["share"]: row for row in applied.metadata["nested"]}
+    assert list(rows) == ["1", "0.75", "0.5"]
+    assert rows["1"]["before"] < 1e-4
+    assert rows["1"]["error"] == applied.metadata["held_out_error"] < 0.5 * rows["0.5"]["error"]
+    for share in ("0.75", "0.5"):
+        assert rows[share]["error"] < 0.7 * rows[share]["before"]
+        assert f"width {share}: {rows[share]['error']:.3f}, {rows[share]['before']:.3f} before" in applied.summary
+    assert generator.nested is not None
+
+    alone = nested_dit(tmp_path)  # the control: the whole network alone teaches the narrow ones nothing
+    alone.denoiser.load_state_dict(weights)
+    narrow = Nested(shares=(1.0, 1.0), kinds=("mlp",), align=16)
+    made, alone.nested = alone.nested, narrow
+    recovered(tmp_path / "alone", alone, lambda: make_dit(blocks=2), training=training)
+    alone.nested = made
+    assert nested_error(alone, 0.5) > 1.3 * nested_error(generator, 0.5)
+
+
+@torch.no_grad()
+def nested_error(generator, share):
+    """Of the calls of a run, relative, at a width."""
+    original = make_dit(blocks=2)
+    run = trajectory(original, [0, 1], seeds=[1, 2], plan=replace(PLAN, steps=8))
+    given = encode(original, [0, 1], PLAN)[0]
+    structures = find_structures(generator.denoiser, ("mlp",))
+    errors = []
+    with masked(structures, generator.nested.kept(generator.denoiser, share)):
+        for x_t, time in zip(run.states, run.timesteps, strict=False):
+            found, wanted = (denoise(each.denoiser, x_t, time.expand(2), given) for each in (generator, original))
+            errors.append(float((found - wanted).norm() / wanted.norm()))
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), [("rank", 4, "null"), ("compile", True, "false")])
+def test_nested_widths_need_the_weights_themselves(tmp_path, name, value, allowed):
+    message = rf"training\.{name} does not go with nested widths; allowed: {allowed}"
+    with pytest.raises(ConfigError, match=message):
+        recovered(
+            tmp_path,
+            nested_dit(tmp_path),
+            lambda: make_dit(blocks=2),
+            training=replace(TRAINING, **{name: value, "steps": 1}),
+        )
 
 
 def test_reported_errors_are_those_of_the_sampled_latents(tmp_path):

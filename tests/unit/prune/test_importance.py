@@ -17,7 +17,7 @@ from diffpress.prune.importance import (
     weight_norms,
 )
 from diffpress.prune.recorded import answer
-from diffpress.prune.structures import find_structures, gated, masked
+from diffpress.structures import find_structures, gated, masked
 
 KINDS = ("heads", "mlp", "resnet")
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from diffpress.generator import Generator
 from diffpress.prune.repair import InputMoments, absorb, repair, repaired
-from diffpress.prune.structures import find_structures
+from diffpress.structures import find_structures
 
 TINY = 1e-12
 

@@ -16,7 +16,6 @@ from diffpress.errors import ConfigError
 from diffpress.export.components import flatten_inputs
 from diffpress.generator import Generator
 from diffpress.prune.recorded import mean_error
-from diffpress.prune.structures import find_structures
 from diffpress.prune.width import (
     Width,
     WidthConfig,
@@ -28,6 +27,7 @@ from diffpress.prune.width import (
     widths,
 )
 from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.structures import find_structures
 from diffpress.targets import TARGETS
 
 KINDS = ("heads", "mlp", "resnet")

@@ -13,8 +13,8 @@ from torch import nn
 
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.prune.structures import find_structures, masked
 from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.structures import find_structures, masked
 
 KINDS = ("heads", "mlp", "resnet")
 

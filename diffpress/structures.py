@@ -20,7 +20,10 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from diffpress.config import config
 from diffpress.errors import ConfigError
+
+WIDTHS = 64  # that one structure can choose from under a budget
 
 Kind = Literal["heads", "mlp", "resnet"]
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -173,6 +176,39 @@ def _check_plain(name: str, *layers: Any) -> None:
             raise ConfigError(
                 f"{name} has a {type(layer).__name__}; allowed: layers in float, neither quantized nor with adapters"
             )
+
+
+def widths(structure: Structure, align: int) -> list[int]:
+    """Units that ``structure`` can keep, fewest first: whole multiples of ``align`` channels, and all of them."""
+    step = structure.step(align)
+    step *= math.ceil(structure.units / step / WIDTHS) or 1
+    return [*range(step, structure.units, step), structure.units]
+
+
+def uniform_counts(structures: Mapping[str, Structure], keep: float, align: int) -> dict[str, int]:
+    """For each structure the allowed width nearest to ``keep`` of its units, of equals the wider one."""
+    return {
+        name: min(reversed(widths(structure, align)), key=lambda count: abs(count - keep * structure.units))
+        for name, structure in structures.items()
+    }
+
+
+@config
+class Nested:
+    """Widths that one set of weights holds: units are in the order of their importance, each width is a prefix."""
+
+    shares: tuple[float, ...]
+    """Of the units that a structure has; 1, and then each less than the one before."""
+    kinds: tuple[Kind, ...]
+    """Structures that become narrower."""
+    align: int
+    """Widths are multiples of this many channels, or left as they are."""
+
+    def kept(self, network: nn.Module, share: float) -> dict[str, list[int]]:
+        """The units of the network of width ``share``, by structure; what stays whole is not in it."""
+        structures = find_structures(network, self.kinds)
+        counts = uniform_counts(structures, share, self.align)
+        return {name: list(range(count)) for name, count in counts.items() if count < structures[name].units}
 
 
 def gated(x: Tensor, gate: Tensor, structure: Structure) -> Tensor:
