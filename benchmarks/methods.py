@@ -8,7 +8,9 @@ The second argument is a shipped recipe; its stages are replaced by each variant
 in one folder, so that the original's pictures, the same for all, are drawn once. Further arguments are overrides;
 ``--variants`` measures only those whose name contains one of the given words; ``--recover`` appends `prune.recover` of
 so many updates, for all on the same records. The result is written after every variant, and the same command goes on
-from there.
+from there. A plot of latent error against speed-up:
+
+    python benchmarks/methods.py --plot benchmarks/results/cache-dit.json docs/cache-dit.png
 """
 
 from __future__ import annotations
@@ -132,15 +134,46 @@ def measure(recipe: dict, stages: list[dict], overrides: list[str], folder: Path
     }
 
 
+def plot(data: dict, image: Path) -> None:
+    """Latent error against the speed-up of a picture: a line for each method, through its settings."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot(yscale="log")
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for name, row in data["variants"].items():
+        method, _, setting = name.rpartition(" ") if name.endswith(" steps") else name.partition(", ")
+        error, speedup = row["latent relative error"]["value"], row["speed-up of a whole image"]["value"]
+        if error > 0:
+            group = "fewer steps" if name.endswith(" steps") else method
+            lines.setdefault(group, []).append((speedup, error, setting if setting != "steps" else method))
+    for group, points in lines.items():
+        xs, ys, labels = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, "o-", markersize=4, linewidth=1.4, label=group)
+        for x, y, label in zip(xs, ys, labels, strict=True):
+            axes.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("speed-up of a picture over eager float32 with all steps")
+    axes.set_ylabel("relative error of the final latents")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(image, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=sorted(KINDS))
-    parser.add_argument("recipe", choices=sorted(shipped_recipes()))
-    parser.add_argument("output", type=Path)
+    parser.add_argument("kind", choices=sorted(KINDS), nargs="?")
+    parser.add_argument("recipe", choices=sorted(shipped_recipes()), nargs="?")
+    parser.add_argument("output", type=Path, nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULT", "IMAGE"))
     parser.add_argument("--variants", nargs="+", default=[""], metavar="WORD")
     parser.add_argument("--recover", type=int, metavar="UPDATES")
     args = parser.parse_args()
+    if args.plot:
+        plot(read_json(args.plot[0]), args.plot[1])
+        return
+    if args.output is None:
+        parser.error("name the kind, the recipe and the result to write")
     recipe = yaml.safe_load(shipped_recipes()[args.recipe].read_text(encoding="utf-8")) | {"gate": {}}
     recipe["evaluate"]["baselines"] = ["eager"]
     settings = {"kind": args.kind, "recipe": recipe, "overrides": args.overrides, "recover": args.recover}

@@ -40,16 +40,20 @@ def recipes() -> list[str]:
     return lines
 
 
-def methods(name: str) -> list[str]:
-    path = RESULTS / f"quantize-{name}.json"
-    if not path.exists():
-        return []
-    lines = [f"emoji-{name}", "", "| method | latent error | Fréchet ratio | speed-up |", "|---|---:|---:|---:|"]
-    for variant, row in json.loads(path.read_text())["variants"].items():
-        cells = [row["latent relative error"], row["Fréchet ratio"], row["speed-up of a whole image"]]
-        shown = [f"{cell['value']:.4f} ({cell['low']:.4f}–{cell['high']:.4f})" if cell else "–" for cell in cells]
-        lines.append(f"| {variant} | {' | '.join(shown)} |")
-    return [*lines, ""]
+def methods() -> list[str]:
+    """What `methods.py` measured, a table for each kind and model."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        variants = json.loads(path.read_text(encoding="utf-8")).get("variants")
+        if variants is None:
+            continue
+        lines += [path.stem, "", "| variant | latent error | Fréchet ratio | speed-up |", "|---|---:|---:|---:|"]
+        for variant, row in variants.items():
+            cells = [row["latent relative error"], row["Fréchet ratio"], row["speed-up of a whole image"]]
+            shown = [f"{cell['value']:.4g} ({cell['low']:.4g}–{cell['high']:.4g})" if cell else "–" for cell in cells]
+            lines.append(f"| {variant} | {' | '.join(shown)} |")
+        lines.append("")
+    return lines
 
 
 def students(name: str) -> list[str]:
@@ -78,7 +82,7 @@ def denoisers(name: str) -> list[str]:
 
 
 def main() -> None:
-    parts = [*recipes(), "", *methods("dit"), *methods("unet"), *students("dit"), *students("unet")]
+    parts = [*recipes(), "", *methods(), *students("dit"), *students("unet")]
     print("\n".join([*parts, *denoisers("cpu-denoiser"), *denoisers("cpu-denoiser-outliers")]))
 
 
