@@ -230,7 +230,7 @@ def _shapes(tensors: Iterable[Tensor]) -> list[torch.Size]:
 
 
 def sandwich(widths: Sequence[Kept], step: int) -> list[Kept]:
-    """The first of ``widths``, the last, and one of those between in turn (Yu & Huang 2019, section 3.2)."""
+    """The first of ``widths``, the last, and one of those between in turn (the sandwich rule, Yu & Huang 2019)."""
     between = widths[1:-1]
     return [*widths[:1], *([between[step % len(between)]] if between else []), *widths[1:][-1:]]
 
