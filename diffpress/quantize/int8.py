@@ -13,6 +13,7 @@ from torch import nn
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
+from diffpress.quantize.adaround import AdaRoundSettings
 from diffpress.quantize.budgeted import decide_precisions, decided_together, decision_facts, find_candidates
 from diffpress.quantize.calibrate import layer_errors
 from diffpress.quantize.choice import Decision, Kind, Precision
@@ -63,8 +64,10 @@ class Int8Config:
     """Layers to leave in float besides the sensitive ones: names in the denoiser, with * as wildcard."""
     split_skips: bool = True
     """Give each half of a U-Net's skip concatenation its own range where a convolution reads it; exact."""
-    rounding: Literal["nearest", "gptq"] = "nearest"
-    """nearest: each weight alone; gptq: later columns make up for the error of earlier ones, on quantized inputs."""
+    rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
+    """nearest: each weight alone; gptq: later columns make up for the error of earlier ones, on quantized inputs; adaround: up or down is trained, and each output keeps what is best of the three."""  # noqa: E501
+    adaround: AdaRoundSettings = AdaRoundSettings()
+    """For rounding adaround."""
     refit: bool = False
     """Before rounding, fit the weight by least squares to what the quantized inputs have left of the inputs."""
     bias_correction: bool = False
@@ -158,6 +161,8 @@ class Int8:
                 f"quantize.int8: {budget[0]} {budget[1]:g} needs latencies measured on the engine, and none are there; "
                 "allowed: no budget"
             )
+        if self.config.rounding == "adaround":
+            context.work_folder()
         layers = self.layers(denoiser, context.target)
         splits = find_splits(generator, layers, context) if self.config.split_skips else {}
         if splits:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffpress.generator import Generator
 from diffpress.layer_inputs import summable
+from diffpress.quantize.adaround import Workshop, adaround_codes, best_rows
 from diffpress.quantize.calibrate import observe_ranges
 from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quantized, weight_codes
 from diffpress.quantize.moments import Moments, collect_moments
@@ -56,10 +58,13 @@ def make_twins(
     context: Context,
     config: Int8Config,
 ) -> dict[str, QuantizedLayer]:
-    """The twins of the layers that have a quantizer of their input, with weights rounded as the config says."""
+    """The twins of the layers that have a quantizer of their input, with weights rounded as the config says.
+
+    Raises ConfigError where rounding is trained and ``context`` has no folder for that.
+    """
     layers = {name: layers[name] for name in activations}
     rounded = {}
-    if config.rounding == "gptq" or config.refit or config.bias_correction:
+    if config.rounding != "nearest" or config.refit or config.bias_correction:
         rounded = _rounded(generator, layers, leaders, activations, context, config)
     return {name: quantized(layer, activations[name], rounded.get(name)) for name, layer in layers.items()}
 
@@ -77,15 +82,19 @@ def _rounded(
     if len(summed) < len(layers):
         logger.info("quantize.int8: rounded to nearest: %s", ", ".join(layers.keys() - summed))
     first = {leader: layers[leader] for leader in summed.values()}
+    kind = "dynamic" if any(activation.dynamic for activation in activations.values()) else "static"
     rounded = {}
     for moments in collect_moments(first, activations, generator, context, cross=config.refit):
         for name, leader in summed.items():
             if leader in moments:
-                rounded[name] = _round(layers[name], moments[leader], config)
+                codes_of = partial(_codes, config=config, context=context, place=f"{kind}/{name}")
+                rounded[name] = _round(layers[name], moments[leader], config, codes_of)
     return rounded
 
 
-def _round(layer: Any, moments: Moments, config: Int8Config) -> Rounded:
+def _round(
+    layer: Any, moments: Moments, config: Int8Config, codes_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+) -> Rounded:
     """Codes, scales and bias of one layer from the moments of its quantized inputs."""
     corrected = config.bias_correction and layer.bias is not None
     exact = layer.weight.detach().float().flatten(1)  # [out, columns]
@@ -93,10 +102,23 @@ def _round(layer: Any, moments: Moments, config: Int8Config) -> Rounded:
     gram = moments.gram(centered=corrected)
     if config.refit:
         weight = refit_weight(weight, gram, moments.cross(centered=corrected))
-    codes, scale = weight_codes(weight, axis=0)
-    if config.rounding == "gptq":
-        codes = gptq_codes(weight, gram, scale)
+    nearest, scale = weight_codes(weight, axis=0)
+    codes = codes_of(weight, nearest, gram, scale)
     bias = layer.bias
     if corrected:
         bias = bias + mean_error(exact, codes * scale[:, None], moments.mean_x, moments.mean_q)
     return Rounded(codes.reshape(layer.weight.shape), scale, bias)
+
+
+def _codes(
+    weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, *, config: Int8Config, context: Context, place: str
+) -> Tensor:
+    """Codes by the rounding of the config; where it is trained, each output's from what keeps it best."""
+    if config.rounding == "nearest":
+        return nearest
+    columnwise = gptq_codes(weight, gram, scale)
+    if config.rounding == "gptq":
+        return columnwise
+    workshop = Workshop(context.work_folder() / "adaround", context.train_seed, context.progress)
+    trained = adaround_codes(weight, gram, scale, settings=config.adaround, workshop=workshop, name=place)
+    return best_rows(weight, [nearest, columnwise, trained], gram, scale)
