@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -27,8 +27,12 @@ LIMIT = 127
 class AdaRoundSettings:
     """How the choice between up and down is trained."""
 
+    reconstruct: Literal["layer", "block"] = "layer"
+    """layer: each layer's own outputs are kept; block: those of the transformer or residual block that it is in."""
+    calls: Annotated[int, Field(ge=1)] = 16
+    """Denoiser calls, spread over one small sampling run, on which blocks are reconstructed; one block's inputs and outputs of all of them are in memory."""  # noqa: E501
     steps: Annotated[int, Field(ge=1)] = 500
-    """Updates for each layer."""
+    """Updates for each layer, or each block."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     """Peak of the learning rate."""
     regularization: Annotated[float, Field(ge=0)] = 30.0
@@ -70,24 +74,26 @@ def annealed(step: int, settings: AdaRoundSettings) -> float | None:
 
 
 class Rounding(nn.Module):
-    """Codes floor(W / s) + h(v) in [-127, 127]: at first W / s itself. W: [out, ...], s: [out]."""
+    """Codes floor(W / s) + h(v) in [-127, 127]: at first W / s itself; whole ones stay. W: [out, ...], s: [out]."""
 
     floor: Tensor
+    whole: Tensor
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         super().__init__()
         exact = weight.detach().float() / scale.float().reshape(-1, *[1] * (weight.ndim - 1))
         self.register_buffer("floor", exact.floor())
+        self.register_buffer("whole", exact == exact.floor())
         self.v = nn.Parameter(rectified_logit(exact - exact.floor()))
 
     def forward(self) -> Tensor:
         """The soft codes, float32, in the shape of W."""
-        return (self.floor + rectified_sigmoid(self.v)).clamp(-LIMIT, LIMIT)
+        return (self.floor + rectified_sigmoid(self.v).masked_fill(self.whole, 0)).clamp(-LIMIT, LIMIT)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """The codes with each h at its nearer end, int8."""
-        return (self.floor + (self.v >= 0)).clamp(-LIMIT, LIMIT).to(torch.int8)
+        return (self.floor + ((self.v >= 0) & ~self.whole)).clamp(-LIMIT, LIMIT).to(torch.int8)
 
 
 def row_errors(weight: Tensor, codes: Tensor, gram: Tensor, scale: Tensor) -> Tensor:

@@ -80,13 +80,15 @@ class Int8Config:
     """Denoiser calls on which the error of the output is measured with one layer quantized at a time, layers times calls forward passes; null: 4 under a budget, else none."""  # noqa: E501
 
     @model_validator(mode="after")
-    def _one_budget(self) -> Int8Config:
+    def _consistent(self) -> Int8Config:
         if self.error is not None and self.latency is not None:
             raise ValueError("budgets given: error, latency; allowed: at most one of them")
         if self.budget and self.activations == "dynamic":
             raise ValueError("activations dynamic does not go with a budget, which decides it; allowed: static")
         if self.budget and self.context_calls == 0:
             raise ValueError("context_calls 0 does not go with a budget; allowed: 1 and more, null")
+        if self.refit and self.rounding == "adaround" and self.adaround.reconstruct == "block":
+            raise ValueError("refit does not go with adaround.reconstruct block; allowed: layer")
         return self
 
     @property

@@ -17,18 +17,19 @@ from diffpress.stage import Context
 
 
 def spread_calls(generator: Generator, context: Context, count: int) -> list[Call]:
-    """``count`` calls, or somewhat fewer, evenly spread over one small sampling run, with both guidance branches.
+    """``count`` calls, or all, evenly spread over one small sampling run, with both guidance branches.
 
     Only these are kept. A solver that calls the network several times in a step gives as many times more.
     """
-    stride = -(-context.plan.steps // count)
+    steps = context.plan.steps
+    places = {int((part + 0.5) * steps / count) for part in range(count)}
     few = min(SENSITIVITY_SAMPLES, len(context.conditions))
     kept: list[Call] = []
     seen = 0
 
     def see(call: Call) -> None:
         nonlocal seen
-        if seen % stride == stride // 2:
+        if seen % steps in places:
             inputs = pytree.tree_map_only(Tensor, Tensor.clone, call.inputs)
             kept.append(dataclasses.replace(call, inputs=inputs, output=call.output.clone()))
         seen += 1

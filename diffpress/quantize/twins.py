@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from diffpress.generator import Generator
 from diffpress.layer_inputs import summable
 from diffpress.quantize.adaround import Workshop, adaround_codes, best_rows
+from diffpress.quantize.blocks import reconstruct_blocks
 from diffpress.quantize.calibrate import observe_ranges
 from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quantized, weight_codes
 from diffpress.quantize.moments import Moments, collect_moments
 from diffpress.quantize.observers import choose_range
 from diffpress.quantize.rounding import gptq_codes, mean_error, refit_weight
+from diffpress.quantize.sensitivity import spread_calls
 from diffpress.stage import Context
 
 if TYPE_CHECKING:
@@ -66,7 +68,20 @@ def make_twins(
     rounded = {}
     if config.rounding != "nearest" or config.refit or config.bias_correction:
         rounded = _rounded(generator, layers, leaders, activations, context, config)
-    return {name: quantized(layer, activations[name], rounded.get(name)) for name, layer in layers.items()}
+    twins = {name: quantized(layer, activations[name], rounded.get(name)) for name, layer in layers.items()}
+    if config.rounding != "adaround" or config.adaround.reconstruct == "layer":
+        return twins
+    calls = spread_calls(generator, context, config.adaround.calls)
+    workshop = _workshop(context, f"{_kind(activations)}-blocks")
+    return reconstruct_blocks(generator.denoiser, layers, twins, calls, settings=config.adaround, workshop=workshop)
+
+
+def _kind(activations: Mapping[str, Activation]) -> str:
+    return "dynamic" if any(activation.dynamic for activation in activations.values()) else "static"
+
+
+def _workshop(context: Context, place: str) -> Workshop:
+    return Workshop(context.work_folder() / "adaround" / place, context.train_seed, context.progress)
 
 
 def _rounded(
@@ -82,12 +97,12 @@ def _rounded(
     if len(summed) < len(layers):
         logger.info("quantize.int8: rounded to nearest: %s", ", ".join(layers.keys() - summed))
     first = {leader: layers[leader] for leader in summed.values()}
-    kind = "dynamic" if any(activation.dynamic for activation in activations.values()) else "static"
+    workshop = _workshop(context, _kind(activations)) if config.rounding == "adaround" else None
     rounded = {}
     for moments in collect_moments(first, activations, generator, context, cross=config.refit):
         for name, leader in summed.items():
             if leader in moments:
-                codes_of = partial(_codes, config=config, context=context, place=f"{kind}/{name}")
+                codes_of = partial(_codes, config=config, workshop=workshop, name=name)
                 rounded[name] = _round(layers[name], moments[leader], config, codes_of)
     return rounded
 
@@ -111,14 +126,22 @@ def _round(
 
 
 def _codes(
-    weight: Tensor, nearest: Tensor, gram: Tensor, scale: Tensor, *, config: Int8Config, context: Context, place: str
+    weight: Tensor,
+    nearest: Tensor,
+    gram: Tensor,
+    scale: Tensor,
+    *,
+    config: Int8Config,
+    workshop: Workshop | None,
+    name: str,
 ) -> Tensor:
-    """Codes by the rounding of the config; where it is trained, each output's from what keeps it best."""
+    """Codes by the rounding of the config; with ``workshop`` each output's from what keeps it best."""
     if config.rounding == "nearest":
         return nearest
     columnwise = gptq_codes(weight, gram, scale)
-    if config.rounding == "gptq":
+    if workshop is None:
         return columnwise
-    workshop = Workshop(context.work_folder() / "adaround", context.train_seed, context.progress)
-    trained = adaround_codes(weight, gram, scale, settings=config.adaround, workshop=workshop, name=place)
-    return best_rows(weight, [nearest, columnwise, trained], gram, scale)
+    candidates = [nearest, columnwise]
+    if config.adaround.reconstruct == "layer":
+        candidates.append(adaround_codes(weight, gram, scale, settings=config.adaround, workshop=workshop, name=name))
+    return best_rows(weight, candidates, gram, scale)

@@ -61,11 +61,20 @@ def test_at_first_the_soft_codes_are_the_weight(problem):
     assert not torch.allclose(rounding() * scale[:, None], weight, rtol=1e-2)
 
 
+def test_whole_codes_have_no_choice():
+    rounding = Rounding(torch.tensor([[-127.0, 2.5, 127.0, 0.0]]), torch.ones(1))
+    with torch.no_grad():
+        rounding.v.fill_(3.0)
+    assert rounding.codes().tolist() == [[-127, 3, 127, 0]]
+    assert rounding().tolist() == [[-127, 3, 127, 0]]
+
+
 def test_where_the_soft_codes_are_whole_they_are_the_codes(problem):
     weight, _, _, scale = problem(1)
     rounding = Rounding(weight, scale)
     with torch.no_grad():
-        rounding.v.copy_(torch.where(torch.rand(weight.shape) < 0.5, -3.0, 3.0))
+        up = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        rounding.v.copy_(torch.where(up, 3.0, -3.0))
     assert torch.equal(rounding().to(torch.int8), rounding.codes())
 
 

@@ -60,7 +60,7 @@ def test_squares_add_up(family, target, request, context):
 
 
 @pytest.mark.parametrize(
-    ("steps", "count", "expected"), [(3, 4, [0, 1, 2]), (3, 1, [1]), (6, 2, [1, 4]), (7, 3, [1, 4])]
+    ("steps", "count", "expected"), [(3, 4, [0, 1, 2]), (3, 1, [1]), (6, 2, [1, 4]), (7, 3, [1, 3, 5])]
 )
 def test_calls_are_spread_over_the_schedule_with_both_branches(dit, context, steps, count, expected):
     given = context(dit)
