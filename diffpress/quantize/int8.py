@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -20,6 +19,7 @@ from diffpress.quantize.choice import Decision, Kind, Precision
 from diffpress.quantize.modules import Activation, QuantizedLayer, quantized
 from diffpress.quantize.moments import shared_inputs
 from diffpress.quantize.observers import Observer
+from diffpress.quantize.sensitivity import output_error
 from diffpress.quantize.split import find_splits, split
 from diffpress.quantize.twins import make_twins, static_activations
 from diffpress.stage import Applied, Context
@@ -195,9 +195,10 @@ class Int8:
             "precision": precisions,
             "sensitivity": alone,
             "in_context": {name: in_context[shown[name]][name] for name in names if candidates.calls},
+            "output_error": output_error(denoiser, candidates.calls) if candidates.calls else None,
             "decision": None if decision is None else decision_facts(decision),
         }
-        return Applied(generator, metadata, _summary(denoiser, precisions, decision))
+        return Applied(generator, metadata, _summary(denoiser, metadata, decision))
 
     def _twins(
         self, generator: Generator, layers: dict[str, nn.Module], leaders: dict[str, str], context: Context
@@ -232,11 +233,13 @@ def _describe(layer: nn.Module) -> str:
     return f"{type(layer).__name__}{list(layer.weight.shape)}"  # type: ignore[union-attr, arg-type]
 
 
-def _summary(denoiser: nn.Module, precisions: Mapping[str, Precision], decision: Decision | None) -> str:
-    counts = Counter(precisions.values())
+def _summary(denoiser: nn.Module, metadata: dict[str, Any], decision: Decision | None) -> str:
+    counts = Counter(metadata["precision"].values())
     quantized = counts["static"] + counts["dynamic"]
     total = quantized + sum(isinstance(module, nn.Linear | nn.Conv2d) for module in denoiser.modules())
     kinds = ", ".join(f"{counts[name]} {name}" for name in ("static", "dynamic") if counts[name])
+    error = metadata["output_error"]
+    said = "" if error is None else f"; the output has moved by {error:.2g} of its norm"
     if decision is None:
-        return f"{quantized} of {total} layers in 8 bits, {' and '.join(counts)} activations"
-    return f"{quantized} of {total} layers in 8 bits ({kinds}); {decision.sentence()}"
+        return f"{quantized} of {total} layers in 8 bits, {' and '.join(counts)} activations{said}"
+    return f"{quantized} of {total} layers in 8 bits ({kinds}){said}; {decision.sentence()}"

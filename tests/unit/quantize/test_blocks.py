@@ -6,9 +6,10 @@ import itertools
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny import make_flux
 from torch import nn
 
-from diffpress.generator import Generator
+from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT
 from diffpress.quantize.adaround import AdaRoundSettings, Workshop
 from diffpress.quantize.blocks import (
@@ -157,6 +158,18 @@ def test_a_block_reads_what_quantized_ones_give_and_aims_at_float(dit, context):
         assert not torch.equal(left.args[0], right.args[0])
         found = again.denoiser.transformer_blocks[1](*left.args, **left.kwargs)
         torch.testing.assert_close(found, left.outputs[0])
+
+
+def test_blocks_with_two_outputs(context, tmp_path):
+    """Flux: a block gives text and picture tokens, and reads rotary positions as a tuple."""
+    generator = Generator(make_flux())
+    plan = SamplingPlan(steps=2, guidance_scale=3.5, height=32, width=32)
+    given = dataclasses.replace(context(generator, count=2), work=tmp_path, plan=plan)
+    settings = AdaRoundSettings(reconstruct="block", steps=30, calls=2)
+    applied = Int8(Int8Config(rounding="adaround", adaround=settings)).apply(generator, given)
+    blocks = sorted(path.name for path in (tmp_path / "adaround" / "static-blocks").iterdir())
+    assert {"single_transformer_blocks.0", "transformer_blocks.0"} <= set(blocks)
+    assert all(error < 0.2 for error in applied.metadata["sensitivity"].values())
 
 
 @pytest.mark.parametrize(("family", "target"), [("dit", "onnxruntime"), ("sd", "openvino")])

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny import make_flux
 from torch import nn
 
 from diffpress.artifact import load_weights, save_weights
 from diffpress.errors import ConfigError
 from diffpress.export import ExportConfig, export
-from diffpress.generator import Generator
+from diffpress.generator import Generator, SamplingPlan
 from diffpress.quantize.budgeted import decided_together
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
@@ -73,10 +74,12 @@ def test_a_planted_sensitive_layer_stays_in_float(dit, given):
     assert precision[name] == "float"
     assert sum(kind == "static" for kind in precision.values()) == len(precision) - 1
     assert applied.metadata["decision"]["measured"] <= 0.02
+    assert applied.metadata["output_error"] == pytest.approx(applied.metadata["decision"]["measured"])
     assert set(applied.metadata["layers"]) == set(precision) - {name}
     assert applied.metadata["sensitivity"].keys() == in_context.keys() == precision.keys()
     assert "11 of 12 layers" not in applied.summary  # of all layers of the network, not of those that may be quantized
-    assert "(11 static); error budget 0.02: foretold" in applied.summary
+    assert "(11 static); the output has moved by" in applied.summary
+    assert "error budget 0.02: foretold" in applied.summary
 
 
 def test_without_the_plant_it_does_not(dit, given):
@@ -157,6 +160,19 @@ def test_other_families(sd, given, settings):
     assert decision["measured"] <= next(iter(settings.values()))
     kinds = {name: precision_of(sd.denoiser.get_submodule(name)) for name in applied.metadata["precision"]}
     assert kinds == applied.metadata["precision"]
+
+
+def test_layers_that_share_an_input_are_decided_together(given):
+    """Flux: queries, keys and values of picture and of text; a single block's MLP reads what its attention does."""
+    generator = Generator(make_flux())
+    plan = SamplingPlan(steps=2, guidance_scale=3.5, height=32, width=32)
+    context = dataclasses.replace(given(generator), plan=plan)
+    precision = Int8(Int8Config(latency=0.8)).apply(generator, context).metadata["precision"]
+    assert set(precision.values()) == {"static", "float"}
+    for attention in ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn"):
+        for kind in ("to_{}", "add_{}_proj"):
+            names = [f"{attention}.{kind.format(letter)}" for letter in "qkv"]
+            assert len({precision[name] for name in names if name in precision}) <= 1
 
 
 def test_an_engine_slower_than_foretold_is_corrected(dit, given):
