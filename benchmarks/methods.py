@@ -45,6 +45,8 @@ QUANTIZE: dict[str, list[dict]] = {
     "+ alpha searched": [SEARCH, int8(**WHOLE)],
     "+ skips split": [SEARCH, int8(observer="mse")],
     "+ GPTQ": [SEARCH, int8(observer="mse", rounding="gptq")],
+    "+ AdaRound": [SEARCH, int8(observer="mse", rounding="adaround")],
+    "+ AdaRound by blocks": [SEARCH, int8(observer="mse", rounding="adaround", adaround={"reconstruct": "block"})],
     "+ bias correction": [SEARCH, int8(**GPTQ)],
     "+ least-squares repair": [SEARCH, int8(refit=True, **GPTQ)],
     "all, range min-max": [SEARCH, int8(refit=True, **GPTQ | {"observer": "minmax"})],
