@@ -24,7 +24,6 @@ from diffpress.errors import ConfigError
 from diffpress.generator import Call, Generator
 from diffpress.progress import Progress
 from diffpress.prune.gates import GateSettings, learn_gates
-from diffpress.prune.recorded import answer, mean_error, record
 from diffpress.prune.units import (
     Granularity,
     Unit,
@@ -36,6 +35,7 @@ from diffpress.prune.units import (
     restore,
     saved,
 )
+from diffpress.recorded import answer, mean_error, record
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
 

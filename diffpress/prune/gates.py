@@ -25,8 +25,8 @@ from diffpress.artifact import fingerprint
 from diffpress.config import config
 from diffpress.generator import Call
 from diffpress.lora import add_adapters
-from diffpress.prune.recorded import arguments, moved, relative_error
 from diffpress.prune.units import Skip, Unit
+from diffpress.recorded import arguments, moved, relative_error
 from diffpress.stage import Context
 from diffpress.training import Draw, TrainingSettings, fit
 

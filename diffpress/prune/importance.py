@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffpress.denoise import Conditioning, denoise, encode, trajectory
 from diffpress.diffusion import ddim, target
 from diffpress.generator import Call, Generator, argument_names
-from diffpress.prune.recorded import answer
+from diffpress.recorded import answer
 from diffpress.stage import Context
 from diffpress.structures import Structure, gated
 

@@ -22,8 +22,8 @@ from diffpress.budget import Option, choose
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Call, Generator
-from diffpress.prune.recorded import mean_error, record
 from diffpress.prune.reduction import CoarseBlocks, MergedTokens, PooledKeys, TokenGrid
+from diffpress.recorded import mean_error, record
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
 

@@ -19,8 +19,8 @@ from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.prune.importance import Importance, unit_scores
-from diffpress.prune.recorded import mean_error, record
 from diffpress.prune.repair import repair
+from diffpress.recorded import mean_error, record
 from diffpress.stage import Applied, Context
 from diffpress.structures import Kind, Nested, Structure, find_structures, masked, uniform_counts, widths
 from diffpress.targets import Target

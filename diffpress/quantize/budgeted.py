@@ -10,7 +10,7 @@ from diffpress.generator import Call, Generator
 from diffpress.progress import Progress
 from diffpress.quantize.choice import Decision, Kind, Precision, costs_of, decide
 from diffpress.quantize.modules import QuantizedLayer
-from diffpress.quantize.sensitivity import errors_in_context, output_error, spread_calls, swapped
+from diffpress.quantize.sensitivity import errors_in_context, output_error, probe_calls, swapped
 from diffpress.stage import Context
 
 Precisions = Mapping[str, Precision]
@@ -50,7 +50,7 @@ def find_candidates(
     generator: Generator, twins: Mapping[Precision, Mapping[str, QuantizedLayer]], context: Context, count: int
 ) -> Candidates:
     """The candidates with ``count`` recorded calls, 0 for none."""
-    return Candidates(twins, spread_calls(generator, context, count) if count else ())
+    return Candidates(twins, probe_calls(generator, context, count) if count else ())
 
 
 def decided_together(leaders: Mapping[str, str], names: Sequence[str]) -> list[list[str]]:

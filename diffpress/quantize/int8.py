@@ -65,7 +65,8 @@ class Int8Config:
     split_skips: bool = True
     """Give each half of a U-Net's skip concatenation its own range where a convolution reads it; exact."""
     rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
-    """nearest: each weight alone; gptq: later columns make up for the error of earlier ones, on quantized inputs; adaround: up or down is trained, and each output keeps what is best of the three."""  # noqa: E501
+    """nearest: each weight alone; gptq: later columns make up for the error of earlier ones, on quantized inputs;
+    adaround: up or down is trained, and each output keeps what is best of the three."""
     adaround: AdaRoundSettings = AdaRoundSettings()
     """For rounding adaround."""
     refit: bool = False
@@ -73,11 +74,14 @@ class Int8Config:
     bias_correction: bool = False
     """Add what quantization takes from each output's mean to the bias, where the layer has one."""
     error: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Budget: largest relative L2 error of the denoiser's output that quantization may add, the layers' errors added as squares. Each layer becomes static, dynamic (ONNX Runtime) or stays in float, for the least latency."""  # noqa: E501
+    """Budget: largest relative L2 error of the denoiser's output that quantization may add, the layers' errors added
+    as squares. Each layer becomes static, dynamic (ONNX Runtime) or stays in float, for the least latency."""
     latency: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Budget: share of the float engine's latency of a denoiser call that may remain, for the least error; in place of error."""  # noqa: E501
+    """Budget: share of the float engine's latency of a denoiser call that may remain, for the least error; in place of
+    error."""
     context_calls: Annotated[int, Field(ge=0)] | None = None
-    """Denoiser calls on which the error of the output is measured with one layer quantized at a time, layers times calls forward passes; null: 4 under a budget, else none."""  # noqa: E501
+    """Denoiser calls on which the error of the output is measured with one layer quantized at a time, layers times
+    calls forward passes; null: 4 under a budget, else none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Int8Config:

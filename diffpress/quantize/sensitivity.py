@@ -5,38 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import sqrt
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from diffpress.generator import Call, Generator
 from diffpress.progress import Progress
 from diffpress.quantize.calibrate import SENSITIVITY_SAMPLES
+from diffpress.recorded import mean_error, record
 from diffpress.stage import Context
 
 
-def spread_calls(generator: Generator, context: Context, count: int) -> list[Call]:
-    """``count`` calls, or all, evenly spread over one small sampling run, with both guidance branches.
-
-    Only these are kept. A solver that calls the network several times in a step gives as many times more.
-    """
-    steps = context.plan.steps
-    places = {int((part + 0.5) * steps / count) for part in range(count)}
-    few = min(SENSITIVITY_SAMPLES, len(context.conditions))
-    kept: list[Call] = []
-    seen = 0
-
-    def see(call: Call) -> None:
-        nonlocal seen
-        if seen % steps in places:
-            inputs = pytree.tree_map_only(Tensor, Tensor.clone, call.inputs)
-            kept.append(dataclasses.replace(call, inputs=inputs, output=call.output.clone()))
-        seen += 1
-
-    with generator.watch(see):
-        generator.draw(context.conditions[:few], seeds=context.seeds[:few], plan=context.plan)
-    return kept
+def probe_calls(generator: Generator, context: Context, count: int) -> list[Call]:
+    """``count`` calls, or all, spread over a sampling run of a few pictures, with both guidance branches (`record`)."""
+    few = dataclasses.replace(
+        context, conditions=context.conditions[:SENSITIVITY_SAMPLES], seeds=context.seeds[:SENSITIVITY_SAMPLES]
+    )
+    return record(generator, few, count, "Quantization: recording denoiser calls")
 
 
 @contextmanager
@@ -52,20 +37,9 @@ def swapped(network: nn.Module, twins: Mapping[str, nn.Module]) -> Iterator[None
             network.set_submodule(name, module)
 
 
-@torch.no_grad()
 def output_error(network: nn.Module, calls: Sequence[Call]) -> float:
-    """||f(x) - g|| / ||g|| over all ``calls`` together: f the network, g the recorded outputs.
-
-    Channels beyond those of x_t, in which some networks predict a variance, do not count.
-    """
-    error = power = 0.0
-    for call in calls:
-        channels = next(iter(call.inputs.values())).shape[1]
-        output = network(**{**call.constants, **call.inputs, "return_dict": False})[0]
-        exact = call.output[:, :channels].float()
-        error += float((output[:, :channels].float() - exact).square().sum())
-        power += float(exact.square().sum())
-    return (error / power) ** 0.5 if power else 0.0
+    """sqrt(mean ||f(x) - g||^2 / ||g||^2) over the rows of ``calls``: f the network, g the recorded outputs."""
+    return sqrt(mean_error(network, calls))
 
 
 def errors_in_context(

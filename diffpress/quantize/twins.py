@@ -18,7 +18,7 @@ from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quan
 from diffpress.quantize.moments import Moments, collect_moments
 from diffpress.quantize.observers import choose_range
 from diffpress.quantize.rounding import gptq_codes, mean_error, refit_weight
-from diffpress.quantize.sensitivity import spread_calls
+from diffpress.quantize.sensitivity import probe_calls
 from diffpress.stage import Context
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def make_twins(
     twins = {name: quantized(layer, activations[name], rounded.get(name)) for name, layer in layers.items()}
     if config.rounding != "adaround" or config.adaround.reconstruct == "layer":
         return twins
-    calls = spread_calls(generator, context, config.adaround.calls)
+    calls = probe_calls(generator, context, config.adaround.calls)
     workshop = _workshop(context, f"{_kind(activations)}-blocks")
     return reconstruct_blocks(generator.denoiser, layers, twins, calls, settings=config.adaround, workshop=workshop)
 

@@ -14,7 +14,7 @@ FLOORS = (
         *("errors", "budget", "config", "processes", "progress", "memory", "targets", "diffusion", "sampling"),
         *("checkpoint", "structures"),
     ),
-    ("generator", "denoise", "stage", "artifact", "training", "lora", "caching", "layer_inputs"),
+    ("generator", "denoise", "stage", "artifact", "training", "lora", "caching", "layer_inputs", "recorded"),
     STAGES,
     ("compress",),
     ("__main__", "__init__"),  # the doors: the command and the public API

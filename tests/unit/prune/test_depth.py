@@ -20,9 +20,9 @@ from diffpress.export import ExportConfig, export
 from diffpress.generator import Generator
 from diffpress.progress import SILENT
 from diffpress.prune.depth import Budget, Depth, DepthConfig, blind, budget_of, effects, in_order, planned, select
-from diffpress.prune.recorded import mean_error, record
 from diffpress.prune.units import Skip, Unit, bypassed, find_units
 from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.recorded import mean_error, record
 from diffpress.targets import TARGETS
 
 TARGET = TARGETS["onnxruntime"]

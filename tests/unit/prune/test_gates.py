@@ -13,8 +13,8 @@ from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.prune.depth import Depth, DepthConfig
 from diffpress.prune.gates import Gated, GateLoss, GateSettings, draw_masks, grouped, learn_gates, masks_of
-from diffpress.prune.recorded import answer, arguments, mean_error, record
 from diffpress.prune.units import Unit, bypassed, find_units
+from diffpress.recorded import answer, arguments, mean_error, record
 from diffpress.training import draw_of
 
 SETTINGS = GateSettings(steps=120, rank=2)

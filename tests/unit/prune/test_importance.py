@@ -16,7 +16,7 @@ from diffpress.prune.importance import (
     unit_scores,
     weight_norms,
 )
-from diffpress.prune.recorded import answer
+from diffpress.recorded import answer
 from diffpress.structures import find_structures, gated, masked
 
 KINDS = ("heads", "mlp", "resnet")

@@ -13,7 +13,6 @@ from diffpress.artifact import load_weights, save_weights
 from diffpress.errors import ConfigError
 from diffpress.export.components import flatten_inputs
 from diffpress.generator import Generator
-from diffpress.prune.recorded import mean_error
 from diffpress.prune.reduction import CoarseBlocks, MergedTokens, PooledKeys, TokenGrid
 from diffpress.prune.tokens import (
     Tokens,
@@ -27,6 +26,7 @@ from diffpress.prune.tokens import (
     work,
 )
 from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.recorded import mean_error
 from diffpress.targets import TARGETS
 
 TARGET = TARGETS["onnxruntime"]

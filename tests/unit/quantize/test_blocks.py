@@ -24,7 +24,7 @@ from diffpress.quantize.blocks import (
 )
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation, quantized
-from diffpress.quantize.sensitivity import spread_calls, swapped
+from diffpress.quantize.sensitivity import probe_calls, swapped
 from diffpress.targets import TARGETS
 
 QUICK = AdaRoundSettings(reconstruct="block", steps=150, calls=3)
@@ -127,7 +127,7 @@ def test_blocks_of_families(dit, sd, context):
     def blocks(generator, target):
         given = context(generator, target)
         names = list(Int8(Int8Config()).layers(generator.denoiser, given.target))
-        return blocks_in_order(generator.denoiser, names, spread_calls(generator, given, 1)[0]), names
+        return blocks_in_order(generator.denoiser, names, probe_calls(generator, given, 1)[0]), names
 
     found, names = blocks(dit, "onnxruntime")
     assert list(found) == ["transformer_blocks.0", "transformer_blocks.1"]
@@ -143,7 +143,7 @@ def test_blocks_of_families(dit, sd, context):
 
 def test_a_block_reads_what_quantized_ones_give_and_aims_at_float(dit, context):
     given = context(dit)
-    calls = spread_calls(dit, given, 2)
+    calls = probe_calls(dit, given, 2)
     before = dit.denoiser.transformer_blocks[0].ff.net[2]
     applied = Int8(Int8Config()).apply(dit, given)
     twin = dit.denoiser.transformer_blocks[0].ff.net[2]

@@ -17,7 +17,7 @@ from diffpress.generator import Generator, SamplingPlan
 from diffpress.quantize.budgeted import decided_together
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
-from diffpress.quantize.sensitivity import output_error, spread_calls, swapped
+from diffpress.quantize.sensitivity import output_error, probe_calls, swapped
 
 SPEED = {"float": 1.0, "static": 0.4, "dynamic": 0.5}
 
@@ -105,7 +105,7 @@ def test_the_choice_is_the_best_of_all_by_measurement_too(dit, given):
     plant_sensitive(dit)
     context = given(dit)
     before = dict(dit.denoiser.named_modules())
-    calls = spread_calls(dit, context, 4)
+    calls = probe_calls(dit, context, 4)
     applied = Int8(Int8Config(latency=0.75, observer="minmax")).apply(dit, context)
     chosen = applied.metadata["precision"]
     for name in applied.metadata["layers"]:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffpress.generator import Call
 from diffpress.progress import SILENT
 from diffpress.quantize.int8 import Int8, Int8Config
-from diffpress.quantize.sensitivity import errors_in_context, output_error, spread_calls, swapped
+from diffpress.quantize.sensitivity import errors_in_context, output_error, probe_calls, swapped
 
 CLOSE = 1.5
 """How far the square sum of errors may be from their measured sum, either way."""
@@ -19,7 +18,7 @@ def quantize(generator, context, **settings):
     """(twins by name, calls, errors in context): the float denoiser stays as it is."""
     denoiser = generator.denoiser
     before = dict(denoiser.named_modules())
-    calls = spread_calls(generator, context, 2)
+    calls = probe_calls(generator, context, 2)
     applied = Int8(Int8Config(context_calls=2, **settings)).apply(generator, context)
     twins = {name: denoiser.get_submodule(name) for name in applied.metadata["layers"]}
     for name in twins:
@@ -33,7 +32,13 @@ def outputs(denoiser, calls):
     return torch.cat([denoiser(**call.constants, **call.inputs)["sample"][:, :channels] for call in calls]).double()
 
 
-def test_error_is_of_the_output_with_this_layer_alone(dit, context, relative):
+def relative(found, exact):
+    """Root of the mean over rows of the squared relative error."""
+    rows = (found - exact).flatten(1).square().sum(1) / exact.flatten(1).square().sum(1)
+    return rows.mean().sqrt().item()
+
+
+def test_error_is_of_the_output_with_this_layer_alone(dit, context):
     twins, calls, found = quantize(dit, context(dit))
     exact = outputs(dit.denoiser, calls)
     assert found.keys() == twins.keys()
@@ -59,35 +64,6 @@ def test_squares_add_up(family, target, request, context):
     assert sum(found.values()) > CLOSE * measured  # control: errors themselves do not add up
 
 
-@pytest.mark.parametrize(
-    ("steps", "count", "expected"), [(3, 4, [0, 1, 2]), (3, 1, [1]), (6, 2, [1, 4]), (7, 3, [1, 3, 5])]
-)
-def test_calls_are_spread_over_the_schedule_with_both_branches(dit, context, steps, count, expected):
-    given = context(dit)
-    plan = type(given.plan)(steps=steps, guidance_scale=3.0)
-    given = type(given)(given.target, given.conditions, given.seeds, plan, batch_size=4)
-    every = dit.record(given.conditions[:2], seeds=given.seeds[:2], plan=plan)
-    calls = spread_calls(dit, given, count)
-    assert len(every) == steps
-    assert [call.inputs["timestep"][0].item() for call in calls] == [
-        every[index].inputs["timestep"][0].item() for index in expected
-    ]
-    assert torch.equal(calls[0].output, every[expected[0]].output)
-    assert len(calls[0].output) == 4  # two pictures, two branches
-    assert 1000 in calls[0].inputs["class_labels"]
-
-
-def test_channels_of_a_variance_do_not_count():
-    class Shifted(nn.Module):
-        def forward(self, sample, return_dict):
-            return (torch.cat([sample + 1, sample + 100], dim=1),)
-
-    x = torch.full((2, 3, 4, 4), 5.0)
-    call = Call({"sample": x}, {}, torch.cat([x, x], dim=1))
-    assert output_error(Shifted(), [call]) == pytest.approx(1 / 5)
-    assert output_error(Shifted(), [Call({"sample": x}, {}, torch.cat([x + 1, x], dim=1))]) == 0
-
-
 def test_layers_come_back_after_an_error(dit, context):
     twin = nn.Identity()
     layer = dit.denoiser.transformer_blocks[0].ff.net[2]
@@ -105,6 +81,6 @@ def test_layers_come_back_after_an_error(dit, context):
 
 
 def test_a_twin_that_rounds_nothing_has_no_error(dit, context):
-    calls = spread_calls(dit, context(dit), 1)
+    calls = probe_calls(dit, context(dit), 1)
     same = {"transformer_blocks.0.ff.net.2": dit.denoiser.transformer_blocks[0].ff.net[2]}
     assert errors_in_context(dit.denoiser, same, calls, SILENT) == {"transformer_blocks.0.ff.net.2": 0.0}

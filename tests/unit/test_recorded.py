@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffpress.prune.recorded import answer, mean_error, record, relative_error
+from diffpress.recorded import answer, mean_error, record, relative_error
 
 
 @pytest.fixture
