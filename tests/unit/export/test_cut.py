@@ -23,7 +23,7 @@ from diffpress.export.graph import clean
 from diffpress.export.load import load
 from diffpress.export.modules import CachedEngineDenoiser
 from diffpress.export.parity import compare
-from diffpress.export.replay import prove_cache
+from diffpress.export.replay import amplification, prove_cache
 from diffpress.export.scopes import read_sources
 from diffpress.export.session import open_session
 from diffpress.export.settings import ExportConfig
@@ -387,3 +387,17 @@ def test_branches_that_are_called_in_turns_have_caches_of_their_own():
                 time = torch.tensor([timestep])
                 found[timestep, name] = float(engine(torch.zeros(1), timestep=time, y=torch.tensor([y])).sample)
     assert found == {(3.0, "cond"): 1, (3.0, "uncond"): 2, (2.0, "cond"): 10, (2.0, "uncond"): 20}
+
+
+def test_extrapolation_amplifies_roundings():
+    def amplified(*computed, order):
+        times = tuple(float(step) for step in range(len(computed), 0, -1))
+        return amplification(
+            CachePolicy(cut=LAYER, kind="schedule", timesteps=times, computed=tuple(map(bool, computed)), order=order)
+        )
+
+    assert amplified(1, 1, 0, 0, order=0) == 1
+    assert amplified(1, 1, 1, 1, order=2) == 1
+    assert amplified(1, 1, 0, 1, order=1) == pytest.approx(5**0.5)  # 2 F_1 - F_0
+    assert amplified(1, 0, 1, 0, order=1) == pytest.approx((1.5**2 + 0.5**2) ** 0.5)  # 3/2 F_2 - 1/2 F_0
+    assert amplified(1, 1, 0, 0, order=1) == pytest.approx(13**0.5)  # two steps after: 3 F_1 - 2 F_0
