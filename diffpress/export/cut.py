@@ -154,8 +154,24 @@ def _rename(value: ir.Value, name: str) -> None:
     value.name = name
 
 
-def eight_bit_weights(path: Path) -> int:
-    """How many products of a written graph have weights in 8 bits (equal ones count once)."""
-    kinds = (ir.DataType.INT8, ir.DataType.UINT8)
-    weights = (value.const_value for value in ir.load(path).graph.initializers.values())
-    return sum(weight is not None and weight.dtype in kinds and len(weight.shape) > 1 for weight in weights)
+def eight_bit_products(path: Path) -> int:
+    """How many weights in 8 bits a written graph multiplies with inputs in 8 bits (equal weights count once)."""
+    return sum(_has_codes(value) and _meets_codes(value) for value in ir.load(path).graph.initializers.values())
+
+
+def _has_codes(value: ir.Value) -> bool:
+    weight = value.const_value
+    return weight is not None and weight.dtype in (ir.DataType.INT8, ir.DataType.UINT8) and len(weight.shape) > 1
+
+
+def _meets_codes(weight: ir.Value) -> bool:
+    """Not a table, nor a weight that is read as floats: see `diffpress.quantize.weights`."""
+    for node, _ in weight.uses():
+        if node.op_type == "DequantizeLinear":
+            inputs = [product.inputs[0] for product, _ in node.outputs[0].uses()]
+            makers = [value.producer() for value in inputs if value is not None]
+            if any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers):
+                return True
+        elif node.op_type not in ("Gather", "MatMulNBits"):
+            return True
+    return False

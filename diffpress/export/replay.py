@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from diffpress.caching import CachePolicy, CacheState, cached
 from diffpress.errors import ConfigError
-from diffpress.export.cut import OUTPUT, PIECES, eight_bit_weights, piece_path
+from diffpress.export.cut import OUTPUT, PIECES, eight_bit_products, piece_path
 from diffpress.export.modules import CachedEngineDenoiser
 from diffpress.export.parity import Parity, check_precision, compare, tolerance_of
 from diffpress.export.session import open_session
@@ -58,7 +58,7 @@ def prove_cache(
         tolerance=tolerance_of(generator.denoiser, settings.compute) * amplification(policy),
     )
     for piece, session in sessions.items():
-        wanted = eight_bit_weights(piece_path(folder / name, piece))
+        wanted = eight_bit_products(piece_path(folder / name, piece))
         if wanted:
             check_precision(f"{name}/{piece}", session, wanted)
     return parity

@@ -18,7 +18,7 @@ from diffpress.caching import CachePolicy, CacheState, Cut, cached, extrapolate
 from diffpress.errors import ArtifactError, ConfigError, EngineError, ParityError
 from diffpress.export.build import MANIFEST, check_export, export
 from diffpress.export.components import find_components
-from diffpress.export.cut import PIECES, cut_piece, eight_bit_weights, export_pieces, piece_path
+from diffpress.export.cut import PIECES, cut_piece, eight_bit_products, export_pieces, piece_path
 from diffpress.export.graph import clean
 from diffpress.export.load import load
 from diffpress.export.modules import CachedEngineDenoiser
@@ -31,6 +31,7 @@ from diffpress.generator import Generator, SamplingPlan, argument_names
 from diffpress.prune.cuts import find_cut
 from diffpress.prune.reuse import Runs
 from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.quantize.weights import Weights, WeightsConfig
 
 PLAN = SamplingPlan(steps=5, guidance_scale=3.0)
 BLOCKS = Cut(start="b", end="c", arguments=("hidden_states",), origin="a", skipped=("b", "c"))
@@ -272,6 +273,7 @@ def int8_built(dit_folder, tmp_path_factory, context):
     generator = Generator.load(dit_folder)
     given = dataclasses.replace(context(generator, "openvino"), plan=PLAN)
     Int8(Int8Config()).apply(generator, given)
+    Weights(WeightsConfig()).apply(generator, given)  # read as floats, and so not among the products in 8 bits
     generator.cache = policy_of(generator, **TESTED)
     folder = tmp_path_factory.mktemp("cached") / "engine"
     return generator, export(generator, folder, ExportConfig(target="openvino"), plan=PLAN, conditions=given.conditions)
@@ -296,7 +298,7 @@ def test_in_8_bits(int8_built):
     assert (built.quantized_layers, built.quantized_ops) == (12, 12)
     assert [item.component for item in built.parity][-1] == "transformer, cached"
     folder = built.folder / "transformer"
-    weights = {piece: eight_bit_weights(piece_path(folder, piece)) for piece in ("", "first", "rest", "last")}
+    weights = {piece: eight_bit_products(piece_path(folder, piece)) for piece in ("", "first", "rest", "last")}
     assert weights == {"": 12, "first": 6, "rest": 6, "last": 0}
     engine = Generator(load(built.folder))
     draw(engine)
