@@ -118,7 +118,8 @@ def _engines(parts: dict[str, Any], manifest: dict[str, Any], policy: CachePolic
                 if policy is None
                 else CachedEngineDenoiser(sessions, settings, names, policy)
             )
-            denoiser.timesteps = manifest.get("timesteps")
+            told = manifest.get("timesteps")
+            denoiser.timesteps = None if told is None else tuple(told)
             found[part["attribute"]] = denoiser
         elif part["role"] == "text":
             found[part["attribute"]] = EngineTextEncoder(sessions[WHOLE], settings)

@@ -119,10 +119,10 @@ def test_an_engine_for_one_plan_takes_no_other(dit, plan, tmp_path, relative, ta
 )
 def test_only_known_timesteps_are_taken(told, good):
     if good:
-        check_timesteps(told, [500.0, 250.0])
+        check_timesteps(told, (500.0, 250.0))
         return
     with pytest.raises(EngineError, match="called with"):
-        check_timesteps(told, [500.0, 250.0])
+        check_timesteps(told, (500.0, 250.0))
 
 
 def test_timesteps_of_a_network_that_is_told_none():
