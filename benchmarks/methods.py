@@ -82,12 +82,12 @@ def width(share: float) -> dict[str, list[dict]]:
 
 
 def caches() -> dict[str, list[dict]]:
-    """Caches by their error budget, and what they compete with: fewer steps, their timesteps searched."""
+    """Caches by their error budget, and what they compete with: fewer steps, spaced about as well as can be."""
     return {
         f"{method}, error {error:g}": [{"prune.steps": {"method": method, "error": error}}]
         for method in ("interval", "taylor", "first_block")
         for error in (0.05, 0.1, 0.2)
-    } | {f"{steps} steps": [{"prune.schedule": {"steps": steps}}] for steps in (4, 6, 8, 10, 12, 14)}
+    } | {f"{steps} steps": [{"prune.schedule": {"steps": steps, "evaluations": 8}}] for steps in (4, 6, 8, 10, 12, 14)}
 
 
 NOTHING: dict[str, list[dict]] = {"nothing removed": []}
