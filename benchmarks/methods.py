@@ -141,14 +141,14 @@ def plot(data: dict, image: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.add_subplot(yscale="log")
+    axes = figure.add_subplot()
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for name, row in data["variants"].items():
-        method, _, setting = name.rpartition(" ") if name.endswith(" steps") else name.partition(", ")
+        if name in NOTHING:
+            continue
+        group, label = ("fewer steps", name) if name.endswith(" steps") else name.split(", ")
         error, speedup = row["latent relative error"]["value"], row["speed-up of a whole image"]["value"]
-        if error > 0:
-            group = "fewer steps" if name.endswith(" steps") else method
-            lines.setdefault(group, []).append((speedup, error, setting if setting != "steps" else method))
+        lines.setdefault(group, []).append((speedup, error, label.removeprefix("error ")))
     for group, points in lines.items():
         xs, ys, labels = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, "o-", markersize=4, linewidth=1.4, label=group)
