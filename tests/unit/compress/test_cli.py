@@ -2,12 +2,9 @@
 
 import errno
 import logging
-import os
 import resource
-import signal
 import subprocess
 import sys
-import time
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -161,16 +158,30 @@ def test_every_error_has_one_message_and_a_code(monkeypatch, capsys, error, code
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
-    def main(arguments, prog_name):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+STOPPED = """
+import os, signal, time
+from types import SimpleNamespace
+from diffpress.__main__ import run
+from diffpress.compress import cli
 
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli, "command", lambda: SimpleNamespace(main=main))
-    assert run(["run"]) == 130
-    assert "run the same command again to go on" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is before
+def main(arguments, prog_name):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+
+before = signal.getsignal(signal.SIGINT)
+cli.command = lambda: SimpleNamespace(main=main)
+code = run(["run"])
+print(signal.getsignal(signal.SIGINT) is before)
+raise SystemExit(code)
+"""
+
+
+def test_ctrl_c_says_how_to_go_on():
+    """In a process of its own: the signal would reach the one that runs the tests."""
+    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert "run the same command again to go on" in done.stderr
+    assert done.stdout.strip() == "True"
 
 
 def test_flags_may_stand_anywhere(monkeypatch):
