@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffpress.compress import evaluation
+from diffpress.compress.assemble import _parity
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.recipe import Recipe
 from diffpress.errors import ConfigError, MissingDependencyError
@@ -89,3 +91,14 @@ def test_every_distance_has_a_row_with_intervals(tmp_path: Path) -> None:
         assert row.engine.low < row.engine.high
         assert row.difference is not None
         assert row.difference.value == pytest.approx(row.engine.value - row.original.value)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_parity_is_of_the_graphs_that_run(cached: bool) -> None:
+    errors = {"unet": 0.1, "vae_decoder": 0.2, "unet, cached": 0.3}
+    rows = [{"component": name, "error": error, "tolerance": 1.0, "calls": 2} for name, error in errors.items()]
+    built = {"built": {"parity": rows if cached else rows[:2]}}
+    run = SimpleNamespace(
+        artifact=SimpleNamespace(entry=lambda _: built), original=SimpleNamespace(denoiser_name="unet")
+    )
+    assert _parity(run).max_relative_error == (0.3 if cached else 0.1)  # type: ignore[arg-type]
