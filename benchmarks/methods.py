@@ -3,6 +3,7 @@
     python benchmarks/methods.py quantize dit-int8 benchmarks/results/quantize-dit.json
     python benchmarks/methods.py depth dit-int8 benchmarks/results/depth-dit.json evaluate.samples=512
     python benchmarks/methods.py depth dit-int8 benchmarks/results/depth-dit-recovered.json --recover 600
+    python benchmarks/methods.py peers dit-int8 benchmarks/results/peers-dit.json
 
 The second argument is a shipped recipe; its stages are replaced by each variant's, everything else stays. Variants run
 in one folder, so that the original's pictures, the same for all, are drawn once. Further arguments are overrides;
@@ -20,12 +21,15 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
+import peers
 import yaml
+from rich.console import Console
 
 import diffpress
 from diffpress.artifact import read_json, write_json
 from diffpress.compress.progress import RichProgress
 from diffpress.compress.recipe import shipped_recipes
+from diffpress.compress.report import Report
 from diffpress.eval.machine import describe_machine
 
 
@@ -91,12 +95,15 @@ def caches() -> dict[str, list[dict]]:
 
 
 NOTHING: dict[str, list[dict]] = {"nothing removed": []}
-KINDS: dict[str, dict[str, list[dict]]] = {
+KINDS: dict[str, dict[str, list[dict] | None]] = {
     "quantize": QUANTIZE,
     "cache": NOTHING | caches(),
     "depth": NOTHING | depth(0.25) | depth(0.5),
     "width": NOTHING | width(0.75) | width(0.5),
+    "peers": {"float": [], "diffpress": None} | dict.fromkeys(peers.PEERS),
 }
+"""Stages by variant; None: the recipe's own, or a peer's quantizer in their place."""
+PROGRESS = RichProgress(Console(stderr=True))
 
 
 def recovery(updates: int, folder: Path) -> dict:
@@ -109,15 +116,25 @@ def recovery(updates: int, folder: Path) -> dict:
     }
 
 
-def measure(recipe: dict, stages: list[dict], overrides: list[str], folder: Path) -> dict:
-    from rich.console import Console
-
-    progress = RichProgress(Console(stderr=True))
+def measure(kind: str, variant: str, recipe: dict, args: argparse.Namespace, folder: Path) -> Report:
+    """The report on one variant. They share ``folder``: what is the same for all is drawn once."""
+    if variant in peers.PEERS:
+        return peers.measure(recipe, variant, args.overrides, folder, PROGRESS)
+    stages = KINDS[kind][variant]
+    stages = recipe["stages"] if stages is None else stages
+    after = [] if args.recover is None else [recovery(args.recover, folder / "pairs")]
     result = diffpress.compress(
-        recipe["model"], recipe | {"stages": stages}, folder, overrides=overrides, progress=progress
+        recipe["model"],
+        recipe | {"stages": [*stages, *after]},
+        folder / "run",
+        overrides=args.overrides,
+        progress=PROGRESS,
     )
     assert result is not None
-    report = result.report
+    return result.report
+
+
+def figures(report: Report) -> dict:
     rows = {row.name: row for row in (*report.quality, *report.paired)}
     timings = {scope: report.timing("engine", scope=scope) for scope in ("whole image", "denoiser call")}
     return {
@@ -174,7 +191,7 @@ def main() -> None:
     if args.plot:
         plot(read_json(args.plot[0]), args.plot[1])
         return
-    if args.output is None:
+    if args.output is None or args.recipe is None:
         parser.error("name the kind, the recipe and the result to write")
     recipe = yaml.safe_load(shipped_recipes()[args.recipe].read_text(encoding="utf-8")) | {"gate": {}}
     recipe["evaluate"]["baselines"] = ["eager"]
@@ -184,14 +201,13 @@ def main() -> None:
         data = read_json(args.output)
         if any(data.get(name) != value for name, value in settings.items()):
             raise SystemExit(f"{args.output} was measured with other settings; name another file")
-    dynamic = recipe["export"]["target"] == "onnxruntime"
+    dynamic = args.kind != "quantize" or recipe["export"]["target"] == "onnxruntime"
     with tempfile.TemporaryDirectory() as folder:
-        after = [] if args.recover is None else [recovery(args.recover, Path(folder) / "pairs")]
-        for variant, stages in KINDS[args.kind].items():
+        for variant in KINDS[args.kind]:
             wanted = any(word in variant for word in args.variants) and (dynamic or "dynamic" not in variant)
             if wanted and variant not in data["variants"]:
-                found = measure(recipe, [*stages, *after], args.overrides, Path(folder) / "run")
-                data["variants"][variant] = found
+                report = measure(args.kind, variant, recipe, args, Path(folder))
+                data["variants"][variant] = figures(report)
                 write_json(args.output, data)
 
 
