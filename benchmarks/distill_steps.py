@@ -192,10 +192,12 @@ def plot(data: dict[str, Any], image: Path) -> None:
                 axes.annotate(
                     str(steps), (x, y), (0, 6), textcoords="offset points", fontsize=8, ha="center", color=color
                 )
-    for name, row in rows.items():
-        if row["student"]:
-            axes.plot([_ms(row)], [_frechet(row)], "*", color="#d1495b", markersize=13)
-            axes.annotate(name, (_ms(row), _frechet(row)), (9, -3), textcoords="offset points", fontsize=8.5)
+    students = sorted((name for name, row in rows.items() if row["student"]), key=lambda name: _frechet(rows[name]))
+    for name in students:
+        point = _ms(rows[name]), _frechet(rows[name])
+        beside = (-4, -16) if name == students[0] else (-4, 9) if name == students[-1] else (9, -3)
+        axes.plot(*([value] for value in point), "*", color="#d1495b", markersize=13)
+        axes.annotate(name, point, beside, textcoords="offset points", fontsize=8.5)
     for axis, limits, each in ((axes.xaxis, axes.set_xlim, _ms), (axes.yaxis, axes.set_ylim, _frechet)):
         values = [each(row) for row in rows.values()]
         axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
