@@ -4,6 +4,7 @@
     python benchmarks/methods.py depth dit-int8 benchmarks/results/depth-dit.json evaluate.samples=512
     python benchmarks/methods.py depth dit-int8 benchmarks/results/depth-dit-recovered.json --recover 600
     python benchmarks/methods.py peers dit-int8 benchmarks/results/peers-dit.json
+    python benchmarks/methods.py budget dit-int8 benchmarks/results/budget-dit.json
 
 The second argument is a shipped recipe; its stages are replaced by each variant's, everything else stays. Variants run
 in one folder, so that the original's pictures, the same for all, are drawn once. Further arguments are overrides;
@@ -94,15 +95,23 @@ def caches() -> dict[str, list[dict]]:
     } | {f"{steps} steps": [{"prune.schedule": {"steps": steps, "evaluations": 8}}] for steps in (4, 6, 8, 10, 12, 14)}
 
 
+def within(stages: list[dict], error: float) -> list[dict]:
+    """``stages`` with an error budget for `quantize.int8`."""
+    name = "quantize.int8"
+    return [{name: stage[name] | {"error": error}} if name in stage else stage for stage in stages]
+
+
 NOTHING: dict[str, list[dict]] = {"nothing removed": []}
-KINDS: dict[str, dict[str, list[dict] | None]] = {
+KINDS: dict[str, dict[str, list[dict] | float | None]] = {
     "quantize": QUANTIZE,
+    "budget": {"min-max": QUANTIZE["min-max"], "all in 8 bits": None}
+    | {f"error at most {error:g}": error for error in (0.012, 0.01, 0.008, 0.006)},
     "cache": NOTHING | caches(),
     "depth": NOTHING | depth(0.25) | depth(0.5),
     "width": NOTHING | width(0.75) | width(0.5),
     "peers": {"float": [], "diffpress": None} | dict.fromkeys(peers.PEERS),
 }
-"""Stages by variant; None: the recipe's own, or a peer's quantizer in their place."""
+"""Stages by variant; None: the recipe's own, or a peer's quantizer in their place; a number: its own in this budget."""
 PROGRESS = RichProgress(Console(stderr=True))
 
 
@@ -121,6 +130,8 @@ def measure(kind: str, variant: str, recipe: dict, args: argparse.Namespace, fol
     if variant in peers.PEERS:
         return peers.measure(recipe, variant, args.overrides, folder, PROGRESS)
     stages = KINDS[kind][variant]
+    if isinstance(stages, float):
+        stages = within(recipe["stages"], stages)
     stages = recipe["stages"] if stages is None else stages
     after = [] if args.recover is None else [recovery(args.recover, folder / "pairs")]
     result = diffpress.compress(

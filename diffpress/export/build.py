@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from diffpress.export.components import Component, Flat, find_components, flatte
 from diffpress.export.cut import export_pieces
 from diffpress.export.fold import TIMESTEP
 from diffpress.export.graph import export_graph
-from diffpress.export.parity import Parity, check_compute, check_precision, compare, compare_resized, tolerance_of
+from diffpress.export.parity import (
+    Parity,
+    check_compute,
+    check_precision,
+    compare,
+    compare_resized,
+    has_codes,
+    moved_by_rounding,
+    tolerance_of,
+)
 from diffpress.export.replay import prove_cache
 from diffpress.export.session import missing_providers, open_session, runs_on_cpu
 from diffpress.export.settings import ExportConfig
@@ -241,8 +251,10 @@ def _prove(
     check_compute(part.folder, session, settings.compute)
     wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
     pairs = [(part.flat_inputs(), part.outputs), *(calls if part.role == "denoiser" else [])]
-    tolerance = tolerance_of(getattr(generator.pipeline, part.attribute), settings.compute)
-    parity = compare(part.folder, session, pairs, tolerance=tolerance)
+    module = getattr(generator.pipeline, part.attribute)
+    tolerance = tolerance_of(module, settings.compute)
+    noise = partial(moved_by_rounding, Flat(module, part).eval(), compute=settings.compute)
+    parity = compare(part.folder, session, pairs, tolerance=tolerance, noise=noise if has_codes(module) else None)
     if part.resized is not None:
         parity = compare_resized(session, parity, part.resized)
     found = check_precision(part.folder, session, wanted) if wanted else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,9 @@ FLOAT_TOLERANCE = 1e-3
 ROUNDED_TOLERANCE = (
     5e-2  # in 8 bits a rounding that falls the other way moves a value by a step; bfloat16 has 8 bits too
 )
+# Relative, of what a run-time adds up in another order, and of bfloat16's 8 bits.
+ROUNDING = {"float32": 1e-6, "bfloat16": 2.0**-9}
+HEADROOM = 2.0
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,56 @@ def tolerance_of(module: nn.Module, compute: str) -> float:
     return FLOAT_TOLERANCE if compute == "float32" and not has_codes(module) else ROUNDED_TOLERANCE
 
 
+def moved_by_rounding(
+    module: Callable[..., Sequence[Tensor]], inputs: dict[str, Tensor], outputs: Sequence[Tensor], compute: str
+) -> float:
+    """Relative L2 distance that rounding errors in ``inputs`` move the ``outputs`` of ``module`` itself.
+
+    In a deep network in 8 bits values near the middle of two codes fall the other way, and move others: with random
+    weights 1e-6 become percents. No two run-times agree better than that.
+    """
+    random = torch.Generator().manual_seed(0)
+    shaken = [
+        tensor * (1 + ROUNDING[compute] * torch.randn(tensor.shape, generator=random))
+        if tensor.is_floating_point()
+        else tensor
+        for tensor in inputs.values()
+    ]
+    with torch.no_grad():
+        found = module(*shaken)
+    return max(_difference("torch", *pair) for pair in zip(found, outputs, strict=True))
+
+
 def compare(
-    name: str, session: Session, calls: Iterable[tuple[dict[str, Tensor], dict[str, Tensor]]], *, tolerance: float
+    name: str,
+    session: Session,
+    calls: Iterable[tuple[dict[str, Tensor], dict[str, Tensor]]],
+    *,
+    tolerance: float,
+    noise: Callable[[dict[str, Tensor], list[Tensor]], float] | None = None,
 ) -> Parity:
     """Run every (inputs, expected outputs) through the engine.
 
-    Raises ParityError for NaN or infinity, an output that is constant where torch's is not, and an error above
-    ``tolerance``.
+    ``noise`` says of inputs and outputs how far rounding alone moves torch; twice that is allowed where it is more than
+    ``tolerance``. Raises ParityError for NaN or infinity, an output that is constant where torch's is not, and an error
+    above what is allowed.
     """
-    worst, count = 0.0, 0
+    worst, highest, count = 0.0, tolerance, 0
     for inputs, expected in calls:
-        for output_name, output in zip(session.outputs, session(inputs), strict=True):
-            worst = max(worst, _difference(f"{name}: output {output_name}", output, expected[output_name].detach()))
-        count += 1
-    if worst > tolerance:
-        raise ParityError(
-            f"{name}: the engine differs from torch by {worst:.2e} (relative L2); allowed: {tolerance:.0e}"
+        wanted = [expected[output].detach() for output in session.outputs]
+        error = max(
+            _difference(f"{name}: output {output}", found, tensor)
+            for output, found, tensor in zip(session.outputs, session(inputs), wanted, strict=True)
         )
-    return Parity(name, worst, tolerance, count)
+        allowed = tolerance
+        if error > tolerance and noise is not None:
+            allowed = max(tolerance, HEADROOM * noise(inputs, wanted))
+        if error > allowed:
+            raise ParityError(
+                f"{name}: the engine differs from torch by {error:.2e} (relative L2); allowed: {allowed:.1e}"
+            )
+        worst, highest, count = max(worst, error), max(highest, allowed), count + 1
+    return Parity(name, worst, highest, count)
 
 
 def compare_resized(session: Session, at_size: Parity, call: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Parity:

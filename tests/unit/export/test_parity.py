@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffpress.errors import EngineError, ParityError, PrecisionError
-from diffpress.export.parity import Parity, check_precision, compare, compare_resized
+from diffpress.export.parity import Parity, check_precision, compare, compare_resized, moved_by_rounding
 
 EXPECTED = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
 
@@ -35,7 +35,7 @@ def test_error_is_relative_to_torch():
     parity = check(output)
     assert (parity.component, parity.calls, parity.tolerance) == ("unet", 1, 1e-3)
     assert parity.error == pytest.approx(error, rel=1e-3)
-    with pytest.raises(ParityError, match=r"unet: the engine differs from torch by 5\.00e-04 .*allowed: 1e-04"):
+    with pytest.raises(ParityError, match=r"unet: the engine differs from torch by 5\.00e-04 .*allowed: 1\.0e-04"):
         check(output, tolerance=1e-4)
 
 
@@ -44,6 +44,29 @@ def test_the_worst_call_counts():
     with pytest.raises(ParityError, match="differs"):
         compare("unet", Fake(), calls, tolerance=1e-2)
     assert compare("unet", Fake(), calls, tolerance=0.1).calls == 2
+
+
+def test_where_rounding_moves_torch_itself_more_is_allowed():
+    calls = [({}, {"y": EXPECTED}), ({}, {"y": EXPECTED / 1.08})]
+    allowed = compare("unet", Fake(), calls, tolerance=5e-2, noise=lambda inputs, outputs: 0.05)
+    assert (allowed.error, allowed.tolerance) == (pytest.approx(0.08), 0.1)
+    with pytest.raises(ParityError, match=r"differs from torch by 8\.00e-02 .*allowed: 6\.0e-02"):
+        compare("unet", Fake(), calls, tolerance=5e-2, noise=lambda inputs, outputs: 0.03)
+
+
+@pytest.mark.parametrize(("levels", "least", "most"), [(None, 0, 1e-4), (128, 1e-3, 1)])
+def test_rounding_moves_a_deep_network_of_codes(levels, least, most):
+    def network(x):
+        random = torch.Generator().manual_seed(1)
+        for _ in range(24):
+            x = torch.tanh(1.5 * x @ torch.randn(128, 128, generator=random) / 128**0.5)
+            x = x if levels is None else (x * levels).round() / levels
+        return (x,)
+
+    inputs = {"x": torch.randn(256, 128, generator=torch.Generator().manual_seed(0)), "step": torch.tensor([3])}
+    outputs = network(inputs["x"])
+    moved = moved_by_rounding(lambda x, step: network(x), inputs, outputs, "float32")
+    assert least <= moved < most
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
