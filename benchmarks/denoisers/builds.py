@@ -14,11 +14,18 @@ from typing import Any
 from .calls import IMAGES, Arrays, read_calls
 from .workers import describe
 
-STAGES: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "static": [("quantize.smooth", {}), ("quantize.int8", {}), ("quantize.weights", {})],
-    "dynamic": [("quantize.smooth", {}), ("quantize.int8", {"activations": "dynamic"}), ("quantize.weights", {})],
+Stages = list[tuple[str, dict[str, Any]]]
+WEIGHTS: Stages = [("quantize.weights", {})]
+SMOOTH: Stages = [("quantize.smooth", {})]
+DYNAMIC: Stages = [*SMOOTH, ("quantize.int8", {"activations": "dynamic"}), *WEIGHTS]
+STAGES: dict[str, dict[str, Stages]] = {
+    "transformer": {"static": [*SMOOTH, ("quantize.int8", {}), *WEIGHTS], "dynamic": DYNAMIC},
+    "unet": {  # static as the recipe unet-int8
+        "static": [("quantize.int8", {"rounding": "gptq", "bias_correction": True}), *WEIGHTS],
+        "dynamic": DYNAMIC,
+    },
 }
-"""What ours applies, as a recipe names it."""
+"""What ours applies to each kind of denoiser, as a recipe names it."""
 
 
 def net(state: dict[str, Any], name: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -98,8 +105,7 @@ def nncf(state: dict[str, Any], folder: Path, batch: int) -> None:
 
     model = openvino.Core().read_model(str(folder / "onnx" / str(batch) / "model.onnx"))
     calls = read_calls(folder, batch, "calibration")
-    transformer = (folder / "pipeline/transformer").is_dir()
-    kind = nncf.ModelType.TRANSFORMER if transformer else None
+    kind = nncf.ModelType.TRANSFORMER if _kind(folder) == "transformer" else None
     quantized = nncf.quantize(model, nncf.Dataset(calls), model_type=kind, subset_size=len(calls))
     path = _fresh(folder / "nncf" / str(batch)).with_suffix(".xml")
     openvino.save_model(quantized, str(path), compress_to_fp16=False)
@@ -110,7 +116,7 @@ def ours(
 ) -> dict[str, dict[str, Any]]:
     """Stages once, then an engine for each batch size and each of ``request``'s variants; seconds or error of each.
 
-    ``request``: ``target``, ``stages`` (a key of `STAGES`), ``threads``, and ``variants`` (name: export options).
+    ``request``: ``target``, ``stages`` (static or dynamic), ``threads``, and ``variants`` (name: export options).
     """
     import torch
 
@@ -127,7 +133,7 @@ def ours(
     generator = Generator.load(source / "pipeline")
     conditions = generator.conditions(IMAGES)
     context = Context(find_target(request["target"]), conditions, range(IMAGES), PLAN, batch_size=IMAGES)
-    for method, options in STAGES[request["stages"]]:
+    for method, options in STAGES[_kind(source)][request["stages"]]:
         stage = METHODS[method](METHODS[method].Config(**options))
         stage.check(generator, context.target)
         stage.apply(generator, context)
@@ -143,6 +149,11 @@ def ours(
             except Exception as error:  # one variant that cannot be built leaves the others
                 found[f"{variant}/{batch}"] = {"error": describe(error)}
     return found
+
+
+def _kind(folder: Path) -> str:
+    """transformer or unet: the denoiser of the pipeline below ``folder``."""
+    return "transformer" if (folder / "pipeline/transformer").is_dir() else "unet"
 
 
 def _fresh(folder: Path) -> Path:
