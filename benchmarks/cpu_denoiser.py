@@ -1,8 +1,8 @@
 """One call of a denoiser on the CPU: ours beside every peer, interleaved; latency against output error.
 
-    python benchmarks/cpu_denoiser.py benchmarks/results/cpu-denoiser.json
-    python benchmarks/cpu_denoiser.py benchmarks/results/cpu-denoiser-outliers.json --outliers --nets dit-s unet-small
-    python benchmarks/cpu_denoiser.py --plot benchmarks/results/cpu-denoiser.json docs/cpu-denoiser.png
+    python benchmarks/cpu_denoiser.py benchmarks/results/cpu-denoiser-dit-b.json --nets dit-b
+    python benchmarks/cpu_denoiser.py benchmarks/results/cpu-outliers.json --outliers --nets dit-s unet-small
+    python benchmarks/cpu_denoiser.py --plot benchmarks/results/cpu-denoiser-*.json docs/cpu-denoiser.png
 
 Weights are random, the same for all routes. Each route runs in a process of its own; processes are called in turns, in
 a new random order each round, while the others sleep. Output errors are against eager fp32 on calls that no
@@ -125,11 +125,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--build-only", action="store_true", help="build the graphs, time nothing")
     parser.add_argument("--overwrite", action="store_true", help="start the result anew")
     parser.add_argument(
-        "--plot", nargs=2, type=Path, metavar=("RESULT", "IMAGE"), help="draw a result, measure nothing"
+        "--plot", nargs="+", type=Path, metavar="FILE", help="draw results into the last file, measure nothing"
     )
     options = parser.parse_args()
     if (options.output is None) == (options.plot is None):
-        parser.error("name the result to write, or --plot RESULT IMAGE")
+        parser.error("name the result to write, or --plot RESULT... IMAGE")
+    if options.plot and len(options.plot) < 2:
+        parser.error("--plot takes one or more results and the image to write")
     if options.rounds < 2:
         parser.error(f"--rounds is {options.rounds}; allowed: 2 or more")
     options.work = options.work.resolve()
@@ -141,7 +143,8 @@ def main() -> None:
     if options.plot:
         from denoisers.results import plot
 
-        plot(json.loads(options.plot[0].read_text(encoding="utf-8")), options.plot[1])
+        *results, image = options.plot
+        plot([json.loads(path.read_text(encoding="utf-8")) for path in results], image)
         return
     from denoisers.results import table
 

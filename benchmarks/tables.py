@@ -76,14 +76,36 @@ def students(name: str) -> list[str]:
     return [*lines, ""]
 
 
-def denoisers(name: str) -> list[str]:
-    path = RESULTS / f"{name}.json"
-    return table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+def denoisers() -> list[str]:
+    paths = [*sorted(RESULTS.glob("cpu-denoiser-*.json")), *RESULTS.glob("cpu-outliers.json")]
+    return [line for path in paths for line in table(json.loads(path.read_text(encoding="utf-8")))]
+
+
+def routes() -> list[str]:
+    """One line for each route, for each net its milliseconds at both batch sizes and its error at the first."""
+    nets: dict[str, dict] = {}
+    for path in sorted(RESULTS.glob("cpu-denoiser-*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for key, cell in data["cells"].items():
+            name, batch = key.split("/")
+            nets.setdefault(data["nets"][name]["title"], {})[batch] = cell["routes"]
+    columns = [f"{title}, batch {', '.join(cells)}: ms | error" for title, cells in nets.items()]
+    lines = [f"| route | {' | '.join(columns)} |", f"|---|{'---:|' * (2 * len(columns))}"]
+    names = dict.fromkeys(name for cells in nets.values() for found in cells.values() for name in found)
+    for name in names:
+        shown, title, ours = [], name, False
+        for cells in nets.values():
+            rows = [found.get(name, {}) for found in cells.values()]
+            title, ours = rows[0].get("title", title), rows[0].get("ours", ours)
+            shown.append(", ".join(f"{row['latency']['value']:.1f}" if "latency" in row else "–" for row in rows))
+            shown.append(f"{rows[0]['error']['value']:.2g}" if "error" in rows[0] else "–")
+        lines.append(f"| {f'**{title}**' if ours else title} | {' | '.join(shown)} |")
+    return [*lines, ""]
 
 
 def main() -> None:
-    parts = [*recipes(), "", *methods(), *students("dit"), *students("unet")]
-    print("\n".join([*parts, *denoisers("cpu-denoiser"), *denoisers("cpu-denoiser-outliers")]))
+    parts = [*recipes(), "", *methods(), *students("dit"), *students("unet"), *routes()]
+    print("\n".join([*parts, *denoisers()]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from diffpress.compress.measured import median_interval
 from diffpress.eval.statistics import mean_interval, median_ratio_interval
 
-FLOOR = 1e-7
+FLOOR = 1e-3
 """Errors below it are drawn there."""
 
 
@@ -98,10 +98,14 @@ def _facts(row: Mapping[str, Any] | None) -> str:
     return f"{row['error']['value']:.2g} | {row['bytes'] / 1e6:.0f} | {seconds:.0f}"
 
 
-def plot(data: Mapping[str, Any], path: Path) -> None:
+def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Latency against output error, both logarithmic, one panel for each net and batch size; ours are stars."""
     from matplotlib.figure import Figure
 
+    data: dict[str, dict[str, Any]] = {"nets": {}, "cells": {}}
+    for part in data:
+        for result in results:
+            data[part] |= result[part]
     names = [name for name in data["nets"] if any(key.startswith(f"{name}/") for key in data["cells"])]
     batches = sorted({int(key.split("/")[1]) for key in data["cells"]})
     routes = list(dict.fromkeys(route for cell in data["cells"].values() for route in cell["routes"]))
@@ -146,7 +150,8 @@ def _panel(axes: Any, cell: Mapping[str, Any], routes: Sequence[str]) -> None:
         axes.plot([latency["low"], latency["high"]], [error, error], color="black", linewidth=0.8, zorder=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(FLOOR / 2, 1)
+    axes.set_ylim(FLOOR / 1.5, 0.6)
+    axes.set_yticks([FLOOR, 0.01, 0.1], ["≤ 0.001", "0.01", "0.1"])
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
