@@ -31,7 +31,7 @@ def test_table_and_plot_keep_what_failed(tmp_path):
     text = "\n".join(results.table(data))
     assert "| broken | failed |" in text
     assert "| **fast** | 10.0 (10.0–10.0), p95 10.0 | 1.00 (1.00–1.00) |" in text
-    results.plot(data, tmp_path / "plot.png")
+    results.plot([data], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
