@@ -38,6 +38,10 @@ def int8(**settings: object) -> dict:
     return {"quantize.int8": settings}
 
 
+def weights(**settings: object) -> dict:
+    return {"quantize.weights": settings}
+
+
 SMOOTH = {"quantize.smooth": {"alpha": 0.5}}
 SEARCH = {"quantize.smooth": {"alpha": "search"}}
 REPARAM: dict = {"quantize.reparam": {}}
@@ -60,6 +64,11 @@ QUANTIZE: dict[str, list[dict]] = {
     "saliency, alpha 0.5": [{"quantize.smooth": {"alpha": 0.5, "importance": "saliency"}}, int8(**WHOLE)],
     "range by percentile 99.99": [int8(observer="percentile", split_skips=False)],
     "range by entropy": [int8(observer="entropy", split_skips=False)],
+    "GPTQ and bias correction without smoothing": [int8(**GPTQ)],
+    "weights alone, 8 bits": [weights()],
+    "weights alone, 4 bits in groups of 32": [weights(bits=4, group=32)],
+    "weights alone, 4 bits in groups of 32, AWQ": [weights(bits=4, group=32, awq=True)],
+    "text encoder alone, weights in 8 bits": [weights(component="text_encoder")],
     "dynamic": [int8(activations="dynamic")],
     "dynamic, smoothing": [SEARCH, int8(activations="dynamic")],
 }
@@ -145,6 +154,11 @@ def measure(kind: str, variant: str, recipe: dict, args: argparse.Namespace, fol
     return result.report
 
 
+def needs(recipe: dict) -> dict[str, bool]:
+    """Words in the names of variants that not every recipe can run, and whether this one can."""
+    return {"dynamic": recipe["export"]["target"] == "onnxruntime", "text encoder": "prompts" in recipe["evaluate"]}
+
+
 def figures(report: Report) -> dict:
     rows = {row.name: row for row in (*report.quality, *report.paired)}
     timings = {scope: report.timing("engine", scope=scope) for scope in ("whole image", "denoiser call")}
@@ -212,10 +226,10 @@ def main() -> None:
         data = read_json(args.output)
         if any(data.get(name) != value for name, value in settings.items()):
             raise SystemExit(f"{args.output} was measured with other settings; name another file")
-    dynamic = args.kind != "quantize" or recipe["export"]["target"] == "onnxruntime"
+    cannot = [] if args.kind != "quantize" else [word for word, can in needs(recipe).items() if not can]
     with tempfile.TemporaryDirectory() as folder:
         for variant in KINDS[args.kind]:
-            wanted = any(word in variant for word in args.variants) and (dynamic or "dynamic" not in variant)
+            wanted = any(word in variant for word in args.variants) and not any(word in variant for word in cannot)
             if wanted and variant not in data["variants"]:
                 report = measure(args.kind, variant, recipe, args, Path(folder))
                 data["variants"][variant] = figures(report)
