@@ -13,11 +13,13 @@ import dataclasses
 import json
 import tempfile
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from rich.progress import Progress
 
 from diffpress.eval.latency import benchmark, speedups
@@ -33,36 +35,66 @@ from diffpress.targets import find_target
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = SamplingPlan(steps=20, guidance_scale=3.0)
-# target -> variant -> (export settings, what is patched away: module, name, replacement); the first is the baseline.
-VARIANTS: dict[str, dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]]] = {
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How an engine differs from the default one."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the export."""
+    patches: tuple[tuple[Any, str, Any], ...] = ()
+    """Module, name and replacement of what is patched away."""
+    joined: bool = False
+    """Queries, keys and values that read the same tensor are one product, diffusers' ``fuse_projections``."""
+
+
+WITHOUT_ATTENTION = (graph, "contrib_attention", contextlib.nullcontext)
+FREE_AXES = (session, "OpenVinoSession", partial(session.OpenVinoSession, static_shapes=0))
+VARIANTS: dict[str, dict[str, Variant]] = {  # the first of a target is the baseline
     "onnxruntime": {
-        "standard operators": ({}, [(build, "runs_on_cpu", lambda providers: False)]),
-        "products take their bias": ({}, [(graph, "contrib_attention", contextlib.nullcontext)]),
-        "and attention is one operator (the default)": ({}, []),
+        "standard operators": Variant(patches=((build, "runs_on_cpu", lambda providers: False),)),
+        "products take their bias": Variant(patches=(WITHOUT_ATTENTION,)),
+        "and attention is one operator (the default)": Variant(),
+        "default, queries, keys and values joined": Variant(joined=True),
+        "default, for one plan": Variant({"timesteps": "plan"}),
     },
     "openvino": {
-        "free axes": ({}, [(session, "OpenVinoSession", partial(session.OpenVinoSession, static_shapes=0))]),
-        "static shapes (the default)": ({}, []),
-        "static shapes, bfloat16": ({"compute": "bfloat16"}, []),
+        "free axes": Variant(patches=(FREE_AXES,)),
+        "static shapes (the default)": Variant(),
+        "default, queries, keys and values joined": Variant(joined=True),
+        "default, for one plan": Variant({"timesteps": "plan"}),
+        "default, bfloat16": Variant({"compute": "bfloat16"}),
+        "default, bfloat16, for one plan": Variant({"compute": "bfloat16", "timesteps": "plan"}),
     },
 }
 
 
-def quantized(model: str, target: str) -> Generator:
+def quantized(model: str, target: str, joined: bool) -> Generator:
     generator = Generator.load(ROOT / "models" / model)
     conditions = generator.conditions(32)
     context = Context(find_target(target), conditions, list(range(1000, 1032)), PLAN)
-    for stage in (Smooth(SmoothConfig()), Int8(Int8Config())):
-        stage.apply(generator, context)
+    Smooth(SmoothConfig()).apply(generator, context)
+    if joined:
+        join_projections(generator.denoiser)
+    Int8(Int8Config()).apply(generator, context)
     return generator
+
+
+def join_projections(denoiser: torch.nn.Module) -> None:
+    for attention in [module for module in denoiser.modules() if isinstance(module, Attention)]:
+        attention.fuse_projections()
+        for name in ("to_k", "to_v") if attention.is_cross_attention else ("to_q", "to_k", "to_v"):
+            delattr(attention, name)
+        attention.set_processor(FusedAttnProcessor2_0())
 
 
 def open_variant(generator: Generator, target: str, variant: str, folder: Path, call: dict) -> Session:
     """A warm session of one variant; everything that is patched is undone."""
-    settings, patches = VARIANTS[target][variant]
-    config = ExportConfig(target=target, **settings)  # type: ignore[arg-type]
+    wanted = VARIANTS[target][variant]
+    config = ExportConfig(target=target, **wanted.settings)  # type: ignore[arg-type]
     with ExitStack() as stack:
-        for patch in patches:
+        for patch in wanted.patches:
             stack.enter_context(patched(*patch))
         export(generator, folder, config, plan=PLAN, conditions=generator.conditions(2))
         path = folder / generator.denoiser_name / "model.onnx"
@@ -75,11 +107,11 @@ def measure(model: str, target: str, rounds: int) -> dict[str, Any]:
     original = Generator.load(ROOT / "models" / model)
     recorded = original.record(original.conditions(1), seeds=[7], plan=PLAN)[PLAN.steps // 2]
     call, expected = flatten_inputs(recorded.inputs), recorded.output
-    generator = quantized(model, target)
+    generators = {joined: quantized(model, target, joined) for joined in (False, True)}
     with tempfile.TemporaryDirectory() as folder:
         engines = {
-            variant: open_variant(generator, target, variant, Path(folder) / str(index), call)
-            for index, variant in enumerate(VARIANTS[target])
+            name: open_variant(generators[variant.joined], target, name, Path(folder) / str(index), call)
+            for index, (name, variant) in enumerate(VARIANTS[target].items())
         }
         timings = benchmark(
             {name: lambda e=engine: e(call) for name, engine in engines.items()}, rounds=rounds, warmup=5

@@ -156,7 +156,7 @@ def measure(kind: str, variant: str, recipe: dict, args: argparse.Namespace, fol
 
 def needs(recipe: dict) -> dict[str, bool]:
     """Words in the names of variants that not every recipe can run, and whether this one can."""
-    return {"dynamic": recipe["export"]["target"] == "onnxruntime", "text encoder": "prompts" in recipe["evaluate"]}
+    return {"dynamic": recipe["export"]["target"] != "tensorrt", "text encoder": "prompts" in recipe["evaluate"]}
 
 
 def figures(report: Report) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from diffpress.errors import ConfigError
 
@@ -17,8 +18,9 @@ class Target:
     width, 1 with zero in the middle, 2 where it begins at zero. Others get uint8 codes with a zero point."""
     quantizes_convolutions: bool
     """Whether 8-bit convolutions are worth having there (on the CPU, ONNX Runtime gains nothing from them)."""
-    dynamic: bool
-    """Whether activation scales can be taken at run time."""
+    dynamic: Literal["tensor", "rows"] | None
+    """How activation scales are taken at run time: one for each tensor, or one for each block of channels of a row;
+    None: they are not."""
 
     @property
     def symmetric(self) -> bool:
@@ -29,9 +31,9 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnxruntime", lopsided=0, quantizes_convolutions=False, dynamic=True),
-        Target("openvino", lopsided=1.25, quantizes_convolutions=True, dynamic=False),
-        Target("tensorrt", lopsided=2, quantizes_convolutions=True, dynamic=False),
+        Target("onnxruntime", lopsided=0, quantizes_convolutions=False, dynamic="tensor"),
+        Target("openvino", lopsided=1.25, quantizes_convolutions=True, dynamic="rows"),
+        Target("tensorrt", lopsided=2, quantizes_convolutions=True, dynamic=None),
     )
 }
 

@@ -126,10 +126,10 @@ def export(
 
 
 def quantized_layers(module: nn.Module) -> int:
-    """How many layers carry int8 weights."""
-    return sum(
-        getattr(layer, "weight", None) is not None and layer.weight.dtype == torch.int8 for layer in module.modules()
-    )
+    """How many layers have inputs that the graph itself rounds to 8 bits."""
+    weights = ((layer, getattr(layer, "weight", None)) for layer in module.modules())
+    coded = [layer for layer, weight in weights if weight is not None and weight.dtype == torch.int8]
+    return sum(not layer.activation.rows for layer in coded)  # type: ignore[union-attr]
 
 
 def timesteps_of(calls: Iterable[dict[str, Tensor]]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -16,7 +17,7 @@ from diffpress.quantize.adaround import AdaRoundSettings
 from diffpress.quantize.budgeted import decide_precisions, decided_together, decision_facts, find_candidates
 from diffpress.quantize.calibrate import layer_errors
 from diffpress.quantize.choice import Decision, Kind, Precision
-from diffpress.quantize.modules import Activation, QuantizedLayer, quantized
+from diffpress.quantize.modules import Activation, QuantizedLayer, keep_float, quantized
 from diffpress.quantize.moments import shared_inputs
 from diffpress.quantize.observers import Observer
 from diffpress.quantize.sensitivity import output_error
@@ -53,7 +54,8 @@ class Int8Config:
 
     quantizes: ClassVar[str] = "denoiser"
     activations: Literal["static", "dynamic"] = "static"
-    """static: one range a tensor, observed over the whole schedule and both guidance branches; dynamic: at run time."""
+    """static: one range a tensor, observed over the whole schedule and both guidance branches; dynamic: at run time,
+    one for each tensor (ONNX Runtime) or for each 32 channels of a row (OpenVINO), Linear only."""
     observer: Observer = "mse"
     """How a static range is chosen from what was seen."""
     percentile: Annotated[float, Field(gt=90, le=100)] = 99.99
@@ -75,7 +77,7 @@ class Int8Config:
     """Add what quantization takes from each output's mean to the bias, where the layer has one."""
     error: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Budget: largest relative L2 error of the denoiser's output that quantization may add, the layers' errors added
-    as squares. Each layer becomes static, dynamic (ONNX Runtime) or stays in float, for the least latency."""
+    as squares. Each layer becomes static, dynamic or stays in float, for the least latency."""
     latency: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Budget: share of the float engine's latency of a denoiser call that may remain, for the least error; in place of
     error."""
@@ -192,6 +194,7 @@ class Int8:
         alone = layer_errors(generator, {name: layers[name] for name in names}, candidates.picked(shown), context)
         for name, twin in candidates.picked(precisions).items():
             denoiser.set_submodule(name, twin)
+        _keep_float(denoiser, precisions)
         metadata = {
             "target": context.target.name,
             "splits": splits,
@@ -231,6 +234,13 @@ class Int8:
                 raise ConfigError(f"quantize.int8: layer {name} is {_describe(layer)}, but the artifact has {kind}")
             activation = Activation(target, dynamic=metadata["precision"][name] == "dynamic")
             generator.denoiser.set_submodule(name, quantized(layer, activation))
+        _keep_float(generator.denoiser, metadata["precision"])
+
+
+def _keep_float(denoiser: nn.Module, precisions: Mapping[str, Precision]) -> None:
+    for name, precision in precisions.items():
+        if precision == "float":
+            keep_float(denoiser.get_submodule(name))
 
 
 def _describe(layer: nn.Module) -> str:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from diffpress.targets import Target
 
 QDQ_OPSET = 19
+ROW_BLOCK = 32  # input channels that run-times round together where the weight has no groups
 
 
 def weight_codes(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -43,6 +44,14 @@ def activation_step(low: float, high: float, target: Target) -> tuple[float, int
     return scale, min(max(round(-low / scale), 0), 255), torch.uint8
 
 
+def round_rows(x: Tensor, block: int) -> Tensor:
+    """s round(x / s) with s = max|x| / 127 in each block of ``block`` channels of a row; float32, the shape of x."""
+    channels = x.shape[-1]
+    blocks = F.pad(x.float(), (0, -channels % block)).unflatten(-1, (-1, block))  # [..., blocks, block]
+    scale = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+    return ((blocks / scale).round() * scale).flatten(-2)[..., :channels]
+
+
 def _along(values: Tensor, ndim: int, axis: int) -> Tensor:
     shape = [1] * ndim
     shape[axis] = -1
@@ -52,7 +61,8 @@ def _along(values: Tensor, ndim: int, axis: int) -> Tensor:
 class Activation(nn.Module):
     """Quantizes and dequantizes its input per tensor, with a fixed scale or (``dynamic``) each input's own.
 
-    The codes have the type of ``zero_point``, which comes with the range, or with stored weights.
+    The codes have the type of ``zero_point``, which comes with the range, or with stored weights. ``rows``: dynamic on
+    a target whose run-time rounds each row in blocks; then the graph has the input in float.
     """
 
     scale: Tensor
@@ -60,7 +70,7 @@ class Activation(nn.Module):
 
     def __init__(self, target: Target, *, dynamic: bool = False) -> None:
         super().__init__()
-        self.dynamic = dynamic
+        self.dynamic, self.rows = dynamic, dynamic and target.dynamic == "rows"
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if target.symmetric else torch.uint8))
 
@@ -82,6 +92,8 @@ class Activation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rows:  # the run-time leaves rows of less than a block in float
+            return x if x.shape[-1] < ROW_BLOCK else round_rows(x, ROW_BLOCK).to(x.dtype)
         scale, zero_point = self._own_range(x) if self.dynamic else (self.scale, self.zero_point.float())
         codes = (x.float() / scale).round().add(zero_point).clamp(*self.bounds)
         return ((codes - zero_point) * scale).to(x.dtype)
@@ -145,9 +157,10 @@ class QuantizedLinear(QuantizedLayer):
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         if not torch.onnx.is_in_onnx_export():
             return F.linear(self.activation(x), self.dequantized().T.to(x.dtype), self.bias)
-        product = (
-            self._export_dynamic(x) if self.activation.dynamic else self.activation.export(x) @ self._export_weight()
-        )
+        if self.activation.dynamic and not self.activation.rows:
+            product = self._export_dynamic(x)
+        else:
+            product = (x if self.activation.rows else self.activation.export(x)) @ self._export_weight()
         return product if self.bias is None else product + self.bias
 
     def _export_dynamic(self, x: Tensor) -> Tensor:
@@ -186,6 +199,16 @@ class QuantizedConv2d(QuantizedLayer):
         inputs = self.activation.export(x) if exporting else self.activation(x)
         weight = self._export_weight() if exporting else self.dequantized().to(x.dtype)
         return F.conv2d(inputs, weight, self.bias, **self.geometry)
+
+
+def keep_float(layer: nn.Module) -> None:
+    """Mark a layer that a budget has left in float: stages after it leave it so, too."""
+    layer.kept_float = True  # type: ignore[assignment]
+
+
+def kept_float(layer: nn.Module) -> bool:
+    """Whether `keep_float` marked it."""
+    return getattr(layer, "kept_float", False)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffpress.quantize.modules import QDQ_OPSET
+from diffpress.quantize.modules import QDQ_OPSET, ROW_BLOCK, round_rows
 
 FAST_INT8 = 4  # MatMulNBits accuracy_level: products in 8 bits; 8-bit weights have no fast kernel for any other
-ROW_BLOCK = 32  # input channels that are rounded together where the weight has no groups
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,6 @@ def unpack(packed: Tensor, *, bits: int) -> Tensor:
     """The int8 codes that `pack` took."""
     unsigned = packed if bits == 8 else torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     return (unsigned.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
-
-
-def round_rows(x: Tensor, block: int) -> Tensor:
-    """s round(x / s) with s = max|x| / 127 in each block of ``block`` channels of a row; float32, the shape of x."""
-    channels = x.shape[-1]
-    blocks = F.pad(x.float(), (0, -channels % block)).unflatten(-1, (-1, block))  # [..., blocks, block]
-    scale = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
-    return ((blocks / scale).round() * scale).flatten(-2)[..., :channels]
 
 
 class WeightOnlyLinear(nn.Module):

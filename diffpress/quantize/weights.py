@@ -15,7 +15,7 @@ from diffpress.generator import Generator
 from diffpress.quantize.awq import balance, best_clip, find_text_folds, relative_error, watching
 from diffpress.quantize.calibrate import same_function
 from diffpress.quantize.folds import find_folds
-from diffpress.quantize.modules import QuantizedLayer
+from diffpress.quantize.modules import QuantizedLayer, kept_float
 from diffpress.quantize.streams import Rows
 from diffpress.quantize.weight_only import Form, WeightOnlyEmbedding, WeightOnlyLinear, weight_only
 from diffpress.stage import Applied, Context
@@ -37,7 +37,7 @@ class WeightsConfig:
     group: Literal[32, 64, 128] | None = None
     """Input channels that share a scale; null: one scale for each output channel."""
     layers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Linear and Embedding layers to quantize: names in the component, with * as wildcard; null: all but the last projection. What another stage has quantized stays as it is."""  # noqa: E501
+    """Linear and Embedding layers to quantize: names in the component, with * as wildcard; null: all but the last projection and what a budget has left in float. What another stage has quantized stays as it is."""  # noqa: E501
     skip: tuple[str, ...] = ()
     """Layers to leave in float all the same: names in the component, with * as wildcard."""
     awq: bool = False
@@ -71,7 +71,10 @@ class Weights:
         return {
             name: module
             for name, module in component.named_modules()
-            if isinstance(module, nn.Linear | nn.Embedding) and _matches(name, wanted) and not _matches(name, unwanted)
+            if isinstance(module, nn.Linear | nn.Embedding)
+            and _matches(name, wanted)
+            and not _matches(name, unwanted)
+            and (self.config.layers is not None or not kept_float(module))
         }
 
     def check(self, generator: Generator, target: Target) -> None:

@@ -15,7 +15,7 @@ from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
 from diffpress.targets import TARGETS
 
-ONNXRUNTIME, OPENVINO = TARGETS["onnxruntime"], TARGETS["openvino"]
+ONNXRUNTIME, OPENVINO, TENSORRT = (TARGETS[name] for name in ("onnxruntime", "openvino", "tensorrt"))
 
 
 def test_layers_of_a_transformer(dit):
@@ -42,7 +42,7 @@ def test_layers_of_a_unet(sd):
     ("config", "target", "message"),
     [
         (Int8Config(skip=("no_such_layer*",)), ONNXRUNTIME, r"skip 'no_such_layer\*' matches no layer of DiT"),
-        (Int8Config(activations="dynamic"), OPENVINO, "'dynamic' do not run on target openvino; .*can: onnxruntime"),
+        (Int8Config(activations="dynamic"), TENSORRT, "do not run on target tensorrt; .*can: onnxruntime, openvino"),
         (Int8Config(convolutions=True), ONNXRUNTIME, "runs no 8-bit convolutions; targets that do: openvino, tensorrt"),
         (Int8Config(skip=("*",)), ONNXRUNTIME, "no layer of DiTTransformer2DModel is left"),
     ],

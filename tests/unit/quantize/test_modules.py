@@ -133,6 +133,21 @@ def test_engine_computes_what_the_layer_does(kind, target, dynamic, tmp_path):
     assert session.quantized_ops() == (kind == "Linear")  # convolutions: only between two quantized tensors
 
 
+@pytest.mark.parametrize("columns", [24, 64, 80])
+def test_openvino_rounds_rows_in_blocks(columns, tmp_path):
+    """Inputs in float in the graph; less than a block stays in float, the last block may be smaller."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(columns, 48), torch.randn(3, 5, columns) * torch.logspace(-2, 0, columns)
+    twin = quantized(layer, Activation(MIXED, dynamic=True)).eval()
+    export_graph(Variadic(twin), {"x": x}, ["y"], tmp_path / "model.onnx", free={"x": {0: "batch"}}, opset=20)
+    session = open_session(tmp_path / "model.onnx", target="openvino")
+    with torch.no_grad():
+        assert compare("rows", session, [({"x": x}, {"y": twin(x)})], tolerance=1e-5).error < 1e-5
+        unrounded = nn.functional.linear(x, twin.dequantized().T, twin.bias)
+        assert (twin(x) - unrounded).norm() > 1e-3 * unrounded.norm() or columns < 32
+    assert session.quantized_ops() == 0
+
+
 def shift_zero_point(model, of_input, of_weight):
     """What is dequantized with another zero point than it was quantized with."""
     zero_point = next(item for item in model.graph.initializer if item.name == of_input.input[2])
