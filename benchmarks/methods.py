@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import peers
@@ -44,33 +45,32 @@ def weights(**settings: object) -> dict:
 
 SMOOTH = {"quantize.smooth": {"alpha": 0.5}}
 SEARCH = {"quantize.smooth": {"alpha": "search"}}
+SMOOTHED = "the recipe's quantize.smooth, if it has one"
 REPARAM: dict = {"quantize.reparam": {}}
 WHOLE = {"observer": "mse", "split_skips": False}  # convolutions read a skip concatenation as one tensor
 GPTQ = {"observer": "mse", "rounding": "gptq", "bias_correction": True}
-QUANTIZE: dict[str, list[dict]] = {
+QUANTIZE: dict[str, list[dict | str]] = {
     "min-max": [int8(observer="minmax", split_skips=False)],
     "range by squared error": [int8(**WHOLE)],
     "+ smoothing, alpha 0.5": [SMOOTH, int8(**WHOLE)],
     "+ alpha searched": [SEARCH, int8(**WHOLE)],
-    "+ skips split": [SEARCH, int8(observer="mse")],
-    "+ GPTQ": [SEARCH, int8(observer="mse", rounding="gptq")],
-    "+ AdaRound": [SEARCH, int8(observer="mse", rounding="adaround")],
-    "+ AdaRound by blocks": [SEARCH, int8(observer="mse", rounding="adaround", adaround={"reconstruct": "block"})],
-    "+ bias correction": [SEARCH, int8(**GPTQ)],
-    "+ least-squares repair": [SEARCH, int8(refit=True, **GPTQ)],
-    "all, range min-max": [SEARCH, int8(refit=True, **GPTQ | {"observer": "minmax"})],
-    "all, reparameterized first": [REPARAM, SEARCH, int8(refit=True, **GPTQ)],
+    "+ skips split": [SMOOTHED, int8(observer="mse")],
+    "+ GPTQ": [SMOOTHED, int8(observer="mse", rounding="gptq")],
+    "+ AdaRound": [SMOOTHED, int8(observer="mse", rounding="adaround")],
+    "+ AdaRound by blocks": [SMOOTHED, int8(observer="mse", rounding="adaround", adaround={"reconstruct": "block"})],
+    "+ bias correction": [SMOOTHED, int8(**GPTQ)],
+    "+ least-squares repair": [SMOOTHED, int8(refit=True, **GPTQ)],
+    "all, range min-max": [SMOOTHED, int8(refit=True, **GPTQ | {"observer": "minmax"})],
+    "all, reparameterized first": [REPARAM, SMOOTHED, int8(refit=True, **GPTQ)],
     "reparameterization alone": [REPARAM, int8(observer="mse")],
     "saliency, alpha 0.5": [{"quantize.smooth": {"alpha": 0.5, "importance": "saliency"}}, int8(**WHOLE)],
     "range by percentile 99.99": [int8(observer="percentile", split_skips=False)],
     "range by entropy": [int8(observer="entropy", split_skips=False)],
-    "GPTQ and bias correction without smoothing": [int8(**GPTQ)],
     "weights alone, 8 bits": [weights()],
     "weights alone, 4 bits in groups of 32": [weights(bits=4, group=32)],
     "weights alone, 4 bits in groups of 32, AWQ": [weights(bits=4, group=32, awq=True)],
     "text encoder alone, weights in 8 bits": [weights(component="text_encoder")],
-    "dynamic": [int8(activations="dynamic")],
-    "dynamic, smoothing": [SEARCH, int8(activations="dynamic")],
+    "dynamic": [SMOOTHED, int8(activations="dynamic")],
 }
 
 
@@ -110,8 +110,14 @@ def within(stages: list[dict], error: float) -> list[dict]:
     return [{name: stage[name] | {"error": error}} if name in stage else stage for stage in stages]
 
 
+def with_smoothing(stages: Sequence[dict | str], recipe: dict) -> list[dict]:
+    """``stages`` with the recipe's own smoothing, if it has any, where they ask for it."""
+    own = [stage for stage in recipe["stages"] if "quantize.smooth" in stage]
+    return [chosen for stage in stages for chosen in (own if isinstance(stage, str) else [stage])]
+
+
 NOTHING: dict[str, list[dict]] = {"nothing removed": []}
-KINDS: dict[str, dict[str, list[dict] | float | None]] = {
+KINDS: dict[str, Mapping[str, Sequence[dict | str] | float | None]] = {
     "quantize": QUANTIZE,
     "budget": {"min-max": QUANTIZE["min-max"], "all in 8 bits": None}
     | {f"error at most {error:g}": error for error in (0.012, 0.01, 0.008, 0.006)},
@@ -141,7 +147,7 @@ def measure(kind: str, variant: str, recipe: dict, args: argparse.Namespace, fol
     stages = KINDS[kind][variant]
     if isinstance(stages, float):
         stages = within(recipe["stages"], stages)
-    stages = recipe["stages"] if stages is None else stages
+    stages = recipe["stages"] if stages is None else with_smoothing(stages, recipe)
     after = [] if args.recover is None else [recovery(args.recover, folder / "pairs")]
     result = diffpress.compress(
         recipe["model"],
