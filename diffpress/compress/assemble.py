@@ -119,7 +119,7 @@ def _engine_facts(run: Run) -> EngineFacts:
         provider=entry["built"]["provider"],
         quantized_operators=entry["built"]["quantized_ops"],
         float_operators=entry["built"]["float_layers"],
-        opset=run.recipe.export.opset,
+        opset=entry["built"].get("opset", run.recipe.export.opset),  # without: from before graphs could differ
         size_mib=size_on_disk(run.artifact.folder / ENGINE) / MIB,
         hash=entry["hash"],
         seconds=entry["seconds"],

@@ -41,13 +41,14 @@ PARITY_CALLS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What was built and found: provider, 8-bit products in the built graph, parity of every part."""
+    """What was built and found: provider, 8-bit products and operator set of the built graph, parity of every part."""
 
     folder: Path
     provider: str
     quantized_layers: int
     quantized_ops: int
     float_layers: int
+    opset: int
     parity: tuple[Parity, ...]
 
 
@@ -121,6 +122,7 @@ def export(
         quantized_layers(generator.denoiser),
         denoiser[2],
         floats,
+        opset_of(generator.denoiser, settings),
         (*(result[0] for result in results), *cached),
     )
 
@@ -130,6 +132,11 @@ def quantized_layers(module: nn.Module) -> int:
     weights = ((layer, getattr(layer, "weight", None)) for layer in module.modules())
     coded = [layer for layer, weight in weights if weight is not None and weight.dtype == torch.int8]
     return sum(not layer.activation.rows for layer in coded)  # type: ignore[union-attr]
+
+
+def opset_of(module: nn.Module, settings: ExportConfig) -> int:
+    """The operator set that was asked for, or the least that has what ``module`` is made of."""
+    return max(settings.opset, *(getattr(part, "least_opset", 0) for part in module.modules()))
 
 
 def timesteps_of(calls: Iterable[dict[str, Tensor]]) -> list[float]:
@@ -155,7 +162,7 @@ def export_part(
     path = folder / part.folder / "model.onnx"
     on_cpu = settings.target == "onnxruntime" and runs_on_cpu(settings.providers)
     inputs = part.flat_inputs()
-    given: dict[str, Any] = {"opset": settings.opset, "for_onnxruntime_cpu": on_cpu}
+    given: dict[str, Any] = {"opset": opset_of(module, settings), "for_onnxruntime_cpu": on_cpu}
     if part.role == "denoiser":
         given["timesteps"] = timesteps
     if part.role == "denoiser" and generator.cache is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffpress.errors import EngineError
 from diffpress.export.components import Free
 from diffpress.export.fold import fold_timesteps
-from diffpress.export.passes import contrib_attention, drop_void_squeezes, fuse_products
+from diffpress.export.passes import contrib_attention, drop_void_squeezes, fuse_products, pack_int4
 from diffpress.export.scopes import node_name, submodules
 
 EXTERNAL_FROM = 1 << 30  # bytes of weights from which they go to a file of their own; protobuf ends at 2 GiB
@@ -59,6 +59,7 @@ def export_graph(
     model = program.model
     if for_onnxruntime_cpu:
         fuse_products(model)
+    pack_int4(model)
     drop_void_squeezes(model)
     if timesteps is not None:
         fold_timesteps(model, timesteps)

@@ -78,6 +78,20 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
+def pack_int4(model: ir.Model) -> int:
+    """Weight codes that DequantizeLinear reads in blocks, as int4: two to a byte. Returns how many weights."""
+    packed = 0
+    for node in model.graph:
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" and "block_size" in node.attributes else None
+        if codes is None or codes.const_value is None:
+            continue
+        values = codes.const_value.numpy().astype(ir.DataType.INT4.numpy())
+        codes.const_value = ir.Tensor(values, name=codes.name)
+        codes.type = ir.TensorType(ir.DataType.INT4)
+        packed += 1
+    return packed
+
+
 def drop_void_squeezes(model: ir.Model) -> None:
     """Squeeze of an axis longer than one does nothing in torch (PixArt has one); ONNX forbids it, so it goes."""
     for node in list(model.graph.all_nodes()):

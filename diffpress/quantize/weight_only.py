@@ -5,7 +5,8 @@ a quarter or an eighth of the bytes. Two forms are exported:
 
 * one scale an output channel: DequantizeLinear on int8 [in, out], then MatMul. ONNX Runtime fuses the two, OpenVINO
   keeps the weight compressed, TensorRT reads it as it is;
-* groups: com.microsoft MatMulNBits, which ONNX Runtime and OpenVINO both read.
+* groups: com.microsoft MatMulNBits, which ONNX Runtime and OpenVINO both read; for TensorRT DequantizeLinear on blocks
+  of int4 [in, out], which is standard since opset 21.
 
 On the CPU both run-times multiply such weights in 8 bits: they round each row of the input, symmetrically, in blocks of
 input channels (OpenVINO where the CPU has 8-bit dot products). The torch layer rounds as they do.
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from diffpress.quantize.modules import QDQ_OPSET, ROW_BLOCK, round_rows
 
+BLOCKS_OPSET = 21  # of DequantizeLinear's blocks, and of int4
 FAST_INT8 = 4  # MatMulNBits accuracy_level: products in 8 bits; 8-bit weights have no fast kernel for any other
 
 
@@ -33,6 +35,11 @@ class Form:
     """8 or 4."""
     group: int | None = None
     """Input channels that share a scale; None: all."""
+
+    @property
+    def blocks(self) -> bool:
+        """Whether groups are exported as blocks of a standard DequantizeLinear."""
+        return self.group is not None and self.target == "tensorrt"
 
     def row_block(self, channels: int) -> int | None:
         """Input channels of a row that the run-time rounds to 8 bits together; None: rows stay in float."""
@@ -81,6 +88,8 @@ class WeightOnlyLinear(nn.Module):
         codes, scale = group_codes(layer.weight, bits=form.bits, group=form.group, clip=clip)
         if form.group is None:
             codes, scale = codes.flatten(1).T.contiguous(), scale.flatten()  # [in, out], [out]
+        elif form.blocks:
+            codes, scale = codes.flatten(1).T.contiguous(), scale.T.contiguous()  # [in, out], [groups, out]
         else:
             codes = pack(codes, bits=form.bits)  # [out, groups, group * bits / 8]
         self.register_buffer("codes", codes)
@@ -92,23 +101,32 @@ class WeightOnlyLinear(nn.Module):
         """Ŵ, float32 [out, in]."""
         if self.form.group is None:
             return (self.codes.float() * self.scale).T
+        if self.form.blocks:
+            return (self.codes.float() * self.scale.repeat_interleave(self.form.group, dim=0)).T
         return (unpack(self.codes, bits=self.form.bits) * self.scale[..., None]).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.onnx.is_in_onnx_export():
             rows = x.float() if self.row_block is None else round_rows(x, self.row_block)
             return F.linear(rows, self.weight, self.bias).to(x.dtype)
-        product = x @ self._dequantize() if self.form.group is None else self._multiply(x)
+        nbits = self.form.group is not None and not self.form.blocks
+        product = self._multiply(x) if nbits else x @ self._dequantize()
         return product if self.bias is None else product + self.bias
 
+    @property
+    def least_opset(self) -> int:
+        """The oldest operator set that has the exported nodes."""
+        return BLOCKS_OPSET if self.form.blocks else QDQ_OPSET
+
     def _dequantize(self) -> Tensor:
+        blocks = {"block_size": self.form.group} if self.form.group is not None else {}
         return torch.onnx.ops.symbolic(
             "DequantizeLinear",
             (self.codes, self.scale),
-            attrs={"axis": 1},
+            attrs={"axis": 0 if blocks else 1, **blocks},
             dtype=torch.float32,
             shape=self.codes.shape,
-            version=QDQ_OPSET,
+            version=self.least_opset,
         )
 
     def _multiply(self, x: Tensor) -> Tensor:

@@ -22,7 +22,11 @@ from diffpress.stage import Applied, Context
 from diffpress.targets import Target
 
 Component = Literal["denoiser", "text_encoder", "text_encoder_2", "text_encoder_3"]
-GROUPED = ("onnxruntime", "openvino")  # run-times that read MatMulNBits
+GROUPS: dict[str, dict[int, tuple[int, ...]]] = {  # what each run-time reads, by bits
+    "onnxruntime": {8: (32, 64, 128), 4: (32, 64, 128)},
+    "openvino": {8: (32, 64, 128), 4: (32, 64, 128)},
+    "tensorrt": {8: (), 4: (64, 128)},
+}
 LAST = ("proj_out*",)  # little to save, and its error goes straight to the output
 TEXT_STEPS = 2  # a text encoder sees the same prompts whatever the schedule
 
@@ -80,10 +84,16 @@ class Weights:
     def check(self, generator: Generator, target: Target) -> None:
         """Raises ConfigError for what the target cannot run, patterns that match nothing, and groups that don't fit."""
         component = generator.part(self.config.component)
-        if self.config.group is not None and target.name not in GROUPED:
+        bits, group = self.config.bits, self.config.group
+        if group is not None and group not in GROUPS[target.name][bits]:
+            able = ", ".join(name for name, groups in GROUPS.items() if group in groups[bits])
+            allowed = "; ".join(
+                f"bits {count}, group {', '.join(map(str, groups)) or 'null'}"
+                for count, groups in GROUPS[target.name].items()
+            )
             raise ConfigError(
-                f"quantize.weights: group {self.config.group} does not run on target {target.name}; "
-                f"targets that can: {', '.join(GROUPED)}; allowed here: bits 8, group null"
+                f"quantize.weights: bits {bits} with group {group} does not run on target {target.name}; "
+                f"targets that can: {able}; allowed here: {allowed}"
             )
         known = [name for name, module in component.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
         for field in ("layers", "skip"):

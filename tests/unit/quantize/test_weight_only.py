@@ -5,11 +5,13 @@ import itertools
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 
 from diffpress.errors import ParityError
-from diffpress.export.build import quantized_layers
+from diffpress.export import ExportConfig
+from diffpress.export.build import opset_of, quantized_layers
 from diffpress.export.graph import export_graph
 from diffpress.export.parity import compare
 from diffpress.export.session import open_session
@@ -122,9 +124,16 @@ def test_is_not_counted_among_w8a8_layers():
     assert quantized_layers(WeightOnlyLinear(make_linear(8, 8), Form("onnxruntime"))) == 0
 
 
-def exported(layer, x, path):
+def test_blocks_raise_the_operator_set():
+    for target, least in (("onnxruntime", 20), ("tensorrt", 21)):
+        layer = WeightOnlyLinear(make_linear(64, 8), Form(target, 4, 64))
+        assert opset_of(nn.Sequential(layer), ExportConfig()) == least
+        assert opset_of(nn.Sequential(layer), ExportConfig(opset=22)) == 22
+
+
+def exported(layer, x, path, opset=20):
     """Write ``layer`` as ``path``; recorded calls of it in torch, one with fewer rows."""
-    export_graph(Variadic(layer).eval(), {"x": x}, ["y"], path, free={"x": {0: "batch"}}, opset=20)
+    export_graph(Variadic(layer).eval(), {"x": x}, ["y"], path, free={"x": {0: "batch"}}, opset=opset)
     with torch.no_grad():
         return [({"x": part}, {"y": layer(part)}) for part in (x, x[:1])]
 
@@ -140,6 +149,25 @@ def test_engine_computes_what_the_layer_does(bits, group, target, tmp_path):
     calls = [(inputs, {"y": layer(inputs["x"]).detach()}) for inputs, _ in calls]
     with pytest.raises(ParityError, match="differs from torch"):
         compare("", session, calls, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_blocks_for_tensorrt_are_standard_operators(group, tmp_path):
+    """Two codes to a byte in the file; ONNX's reference implementation computes what the layer does."""
+    layer = WeightOnlyLinear(make_linear(256, 24), Form("tensorrt", 4, group))
+    calls = exported(layer, random(3, 5, 256) + 0.3, tmp_path / "model.onnx", opset=21)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    (node,) = (node for node in graph.node if node.op_type == "DequantizeLinear")
+    assert {item.name: item.i for item in node.attribute} == {"axis": 0, "block_size": group}
+    codes, scale = (next(item for item in graph.initializer if item.name == name) for name in node.input)
+    assert (codes.data_type, list(codes.dims), len(codes.raw_data)) == (onnx.TensorProto.INT4, [256, 24], 256 * 12)
+    assert list(scale.dims) == [256 // group, 24]
+    reference = ReferenceEvaluator(str(tmp_path / "model.onnx"))
+    for inputs, outputs in calls:
+        (found,) = reference.run(None, {"x": inputs["x"].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), outputs["y"], rtol=1e-5, atol=1e-5)
+    layer.scale = layer.scale.flip(0)  # scales of other blocks
+    assert not torch.allclose(layer(calls[-1][0]["x"]), calls[-1][1]["y"], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
