@@ -85,10 +85,15 @@ class _Executed:
                 self.readers[other].append(name)
 
     def _named(self, node: RuntimeNode) -> set[int]:
-        """The nodes of the file that it names; where those are not what it computes, the one before them that is."""
+        """The nodes of the file that it names; where those are not what it computes, the one before them that is.
+
+        OpenVINO's products with 8-bit weights and float inputs name what they read; only what they are called is right.
+        """
         found = {at for text in node.origins if (at := self.graph.match(text)) is not None}
         kind = _KIND_OF.get(node.op)
         if kind in _KERNELS and all(_source_kind(self.graph.nodes[at]) != kind for at in found):
+            called = self.graph.match(node.name)
+            found |= set() if called is None else {called}
             before = {other for at in found for other in self.graph.reads[at]}
             found |= {at for at in before if _source_kind(self.graph.nodes[at]) == kind}
         return found
