@@ -95,14 +95,21 @@ def export_denoiser(generator, given, folder, target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "target", "int8"),
-    [("dit", "onnxruntime", 1), ("dit", "openvino", 0), ("sd", "onnxruntime", 0), ("sd", "openvino", 1)],
+    ("family", "target", "activations"),
+    [
+        ("dit", "onnxruntime", "static"),
+        ("dit", "openvino", None),
+        ("dit", "openvino", "dynamic"),
+        ("sd", "onnxruntime", None),
+        ("sd", "openvino", "static"),
+        ("sd", "openvino", "dynamic"),
+    ],
 )
-def test_every_operator_of_a_denoiser_has_its_submodule(family, int8, target, request, context, tmp_path):
+def test_every_operator_of_a_denoiser_has_its_submodule(family, activations, target, request, context, tmp_path):
     generator = request.getfixturevalue(family)
     given = context(generator, target)
-    if int8:
-        Int8(Int8Config()).apply(generator, given)
+    if activations:
+        Int8(Int8Config(activations=activations)).apply(generator, given)
     session, inputs = export_denoiser(generator, given, tmp_path, target)
     layers = all_layers(session, inputs)
     assert all(layer.modules is not None for layer in layers)
