@@ -102,7 +102,7 @@ class Run:
     def base_key(self) -> str:
         context = self.context(self.original)
         calibration = [context.conditions, list(context.seeds), dataclasses.asdict(context.plan), context.batch_size]
-        return fingerprint(__version__, self.model_hash, self.target.name, calibration)
+        return fingerprint(__version__, self.model_hash, self.target.name, self.target.weight_limit(), calibration)
 
     def build(self) -> None:
         """The stages and the engine, as far as they are not there yet."""

@@ -129,9 +129,19 @@ def export(
 
 def quantized_layers(module: nn.Module) -> int:
     """How many layers have inputs that the graph itself rounds to 8 bits."""
+    return len(_codes(module))
+
+
+def largest_code(module: nn.Module) -> int:
+    """The largest code of a weight in a product of two 8-bit tensors, without its sign; 0 where there is none."""
+    return max((int(codes.to(torch.int16).abs().max()) for codes in _codes(module)), default=0)
+
+
+def _codes(module: nn.Module) -> list[Tensor]:
+    """The weights of those layers."""
     weights = ((layer, getattr(layer, "weight", None)) for layer in module.modules())
-    coded = [layer for layer, weight in weights if weight is not None and weight.dtype == torch.int8]
-    return sum(not layer.activation.rows for layer in coded)  # type: ignore[union-attr]
+    coded = [(layer, weight) for layer, weight in weights if weight is not None and weight.dtype == torch.int8]
+    return [weight for layer, weight in coded if not layer.activation.rows]  # type: ignore[union-attr]
 
 
 def opset_of(module: nn.Module, settings: ExportConfig) -> int:
@@ -226,6 +236,7 @@ def _write_pipeline(
         "denoiser": generator.denoiser_name,
         "parameters": argument_names(generator.denoiser),
         "parts": [{"role": part.role, "folder": part.folder, "attribute": part.attribute} for part in parts],
+        "largest_code": largest_code(generator.denoiser),
         "plan": dataclasses.asdict(plan),
         "distilled": generator.plan is not None,
         "timesteps": timesteps,

@@ -21,6 +21,7 @@ from diffpress.export.modules import CachedEngineDenoiser, EngineAutoencoder, En
 from diffpress.export.session import open_session
 from diffpress.generator import quiet_loading
 from diffpress.sampling import SamplingPlan, on_grid
+from diffpress.targets import find_target
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def load(
     root = root / "engine" if (root / "engine" / MANIFEST).is_file() else root
     manifest, index = _read(root / MANIFEST), _read(root / "model_index.json")
     providers = providers or manifest["export"]["providers"]
+    _warn_of_overflow(manifest)
     parts: dict[str, Any] = {}
     policy = _policy(manifest)
     for part in manifest["parts"]:
@@ -71,6 +73,16 @@ def load(
     if manifest.get("distilled"):
         keep_plan(pipeline, SamplingPlan(**manifest["plan"]))
     return pipeline
+
+
+def _warn_of_overflow(manifest: dict[str, Any]) -> None:
+    """Of an engine that comes from a machine that can add up more than this one."""
+    limit = find_target(manifest["target"]).weight_limit()
+    if manifest.get("largest_code", 0) > limit:
+        logger.warning(
+            "built for a CPU with 8-bit dot products (VNNI or AMX), which this one lacks: sums can overflow, expect "
+            "worse pictures; quantize.int8 with reduce_range true runs on both"
+        )
 
 
 def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:

@@ -24,7 +24,7 @@ from diffpress.quantize.sensitivity import output_error
 from diffpress.quantize.split import find_splits, split
 from diffpress.quantize.twins import make_twins, static_activations
 from diffpress.stage import Applied, Context
-from diffpress.targets import TARGETS, Target
+from diffpress.targets import REDUCED_RANGE, TARGETS, Target
 
 CONTEXT_CALLS = 4
 # Embedders, modulation and the ends of the network: little work, much error; ModelOpt leaves them out too.
@@ -66,6 +66,9 @@ class Int8Config:
     """Layers to leave in float besides the sensitive ones: names in the denoiser, with * as wildcard."""
     split_skips: bool = True
     """Give each half of a U-Net's skip concatenation its own range where a convolution reads it; exact."""
+    reduce_range: bool | None = None
+    """Codes of weights from -64 to 64 and not to 127, so that sums of products stay in range on an x86 CPU without
+    8-bit dot products (VNNI); null: where the target needs it on this CPU."""
     rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
     """nearest: each weight alone; gptq: later columns make up for the error of earlier ones, on quantized inputs;
     adaround: up or down is trained, and each output keeps what is best of the three."""
@@ -148,6 +151,11 @@ class Int8:
             raise ConfigError(
                 f"quantize.int8: activations 'dynamic' do not run on target {target.name}; targets that can: {able}"
             )
+        if self.config.activations == "dynamic" and not target.dynamic_here:
+            raise ConfigError(
+                f"quantize.int8: activations 'dynamic' run in float32 on target {target.name} here, for this CPU has "
+                "no 8-bit dot products (VNNI or AMX); allowed: static"
+            )
         if self.config.convolutions and not target.quantizes_convolutions:
             able = ", ".join(name for name, other in TARGETS.items() if other.quantizes_convolutions)
             raise ConfigError(
@@ -198,6 +206,7 @@ class Int8:
         metadata = {
             "target": context.target.name,
             "splits": splits,
+            "weight_limit": context.target.weight_limit(self.config.reduce_range),
             "layers": {name: _describe(layers[name]) for name in names if precisions[name] != "float"},
             "precision": precisions,
             "sensitivity": alone,
@@ -217,7 +226,7 @@ class Int8:
             activations = static_activations(generator, layers, leaders, context, self.config)
             layers = {name: layers[name] for name in activations}
             found["static"] = make_twins(generator, layers, leaders, activations, context, self.config)
-        if self.config.activations == "dynamic" or (self.config.budget and target.dynamic):
+        if self.config.activations == "dynamic" or (self.config.budget and target.dynamic_here):
             linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
             activations = {name: Activation(target, dynamic=True) for name in linear}
             found["dynamic"] = make_twins(generator, linear, leaders, activations, context, self.config)
@@ -250,10 +259,11 @@ def _describe(layer: nn.Module) -> str:
 def _summary(denoiser: nn.Module, metadata: dict[str, Any], decision: Decision | None) -> str:
     counts = Counter(metadata["precision"].values())
     quantized = counts["static"] + counts["dynamic"]
+    reduced = ", weights from -64 to 64" if metadata["weight_limit"] == REDUCED_RANGE else ""
     total = quantized + sum(isinstance(module, nn.Linear | nn.Conv2d) for module in denoiser.modules())
     kinds = ", ".join(f"{counts[name]} {name}" for name in ("static", "dynamic") if counts[name])
     error = metadata["output_error"]
     said = "" if error is None else f"; the output has moved by {error:.2g} of its norm"
     if decision is None:
-        return f"{quantized} of {total} layers in 8 bits, {' and '.join(counts)} activations{said}"
-    return f"{quantized} of {total} layers in 8 bits ({kinds}){said}; {decision.sentence()}"
+        return f"{quantized} of {total} layers in 8 bits, {' and '.join(counts)} activations{reduced}{said}"
+    return f"{quantized} of {total} layers in 8 bits ({kinds}){reduced}{said}; {decision.sentence()}"

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffpress.targets import Target
+from diffpress.targets import FULL_RANGE, Target, has_dot_products
 
 QDQ_OPSET = 19
 ROW_BLOCK = 32  # input channels that run-times round together where the weight has no groups
 
 
-def weight_codes(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Q = round(W / s) in [-127, 127] with s = max|W| / 127 over every axis but ``axis``; returns (int8 q, float32 s).
+def weight_codes(weight: Tensor, axis: int, limit: int = FULL_RANGE) -> tuple[Tensor, Tensor]:
+    """Q = round(W / s) in [-m, m] with s = max|W| / m over every axis but ``axis``, m = ``limit``; (int8 q, float32 s).
 
     A channel of zeros gets scale 1.
     """
     others = [dim for dim in range(weight.ndim) if dim != axis]
     peak = weight.float().abs().amax(dim=others)
-    scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
-    codes = (weight.float() / _along(scale, weight.ndim, axis)).round().clamp(-127, 127)
+    scale = torch.where(peak > 0, peak / limit, torch.ones_like(peak))
+    codes = (weight.float() / _along(scale, weight.ndim, axis)).round().clamp(-limit, limit)
     return codes.to(torch.int8), scale
 
 
@@ -52,6 +52,11 @@ def round_rows(x: Tensor, block: int) -> Tensor:
     return ((blocks / scale).round() * scale).flatten(-2)[..., :channels]
 
 
+def rounds_rows(channels: int) -> bool:
+    """Whether OpenVINO rounds rows of so many channels on this CPU, or leaves them in float."""
+    return channels >= ROW_BLOCK and has_dot_products()
+
+
 def _along(values: Tensor, ndim: int, axis: int) -> Tensor:
     shape = [1] * ndim
     shape[axis] = -1
@@ -62,7 +67,8 @@ class Activation(nn.Module):
     """Quantizes and dequantizes its input per tensor, with a fixed scale or (``dynamic``) each input's own.
 
     The codes have the type of ``zero_point``, which comes with the range, or with stored weights. ``rows``: dynamic on
-    a target whose run-time rounds each row in blocks; then the graph has the input in float.
+    a target whose run-time rounds each row in blocks; then the graph has the input in float. ``weight_limit``: the
+    largest code of a weight whose products with these codes the target can add up on this CPU.
     """
 
     scale: Tensor
@@ -71,6 +77,7 @@ class Activation(nn.Module):
     def __init__(self, target: Target, *, dynamic: bool = False) -> None:
         super().__init__()
         self.dynamic, self.rows = dynamic, dynamic and target.dynamic == "rows"
+        self.weight_limit = target.weight_limit()
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if target.symmetric else torch.uint8))
 
@@ -92,8 +99,8 @@ class Activation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rows:  # the run-time leaves rows of less than a block in float
-            return x if x.shape[-1] < ROW_BLOCK else round_rows(x, ROW_BLOCK).to(x.dtype)
+        if self.rows:
+            return round_rows(x, ROW_BLOCK).to(x.dtype) if rounds_rows(x.shape[-1]) else x
         scale, zero_point = self._own_range(x) if self.dynamic else (self.scale, self.zero_point.float())
         codes = (x.float() / scale).round().add(zero_point).clamp(*self.bounds)
         return ((codes - zero_point) * scale).to(x.dtype)
@@ -220,9 +227,9 @@ class Rounded:
     bias: Tensor | None
 
 
-def rounded_to_nearest(layer: Any) -> Rounded:
-    """Each weight to its nearest code; the bias as it is."""
-    return Rounded(*weight_codes(layer.weight.detach(), axis=0), layer.bias)
+def rounded_to_nearest(layer: Any, limit: int) -> Rounded:
+    """Each weight to its nearest code in [-``limit``, ``limit``]; the bias as it is."""
+    return Rounded(*weight_codes(layer.weight.detach(), axis=0, limit=limit), layer.bias)
 
 
 def quantized(layer: nn.Module, activation: Activation, rounded: Rounded | None = None) -> QuantizedLayer:
@@ -230,7 +237,7 @@ def quantized(layer: nn.Module, activation: Activation, rounded: Rounded | None 
 
     The weight is rounded to nearest unless ``rounded`` is given.
     """
-    found = rounded or rounded_to_nearest(layer)
+    found = rounded or rounded_to_nearest(layer, activation.weight_limit)
     if isinstance(layer, nn.Linear):
         return QuantizedLinear(found.codes.T.contiguous(), found.scale, found.bias, activation)
     assert isinstance(layer, nn.Conv2d)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffpress.targets import FULL_RANGE
+
 
 def damped(gram: Tensor, share: float) -> Tensor:
     """G + share mean(diag G) I; a dead channel, G_ii = 0, gets G_ii = 1, so that nothing reaches it."""
@@ -27,8 +29,10 @@ def refit_weight(weight: Tensor, gram: Tensor, cross: Tensor, *, ridge: float = 
     return torch.cholesky_solve(right.T, torch.linalg.cholesky(normal)).T.to(weight.dtype)
 
 
-def gptq_codes(weight: Tensor, gram: Tensor, scale: Tensor, *, damping: float = 0.01, block: int = 128) -> Tensor:
-    """Codes q in [-127, 127] that keep ||(W - s q) Q||^2 small: round one column, let the columns left make up for it.
+def gptq_codes(
+    weight: Tensor, gram: Tensor, scale: Tensor, *, limit: int = FULL_RANGE, damping: float = 0.01, block: int = 128
+) -> Tensor:
+    """Codes q that keep ||(W - s q) Q||^2 small, |q| <= ``limit``: round one column, let those left make up for it.
 
     e_i = (w_i - q_i) / U_ii, w_j -= e_i U_ij for j > i, U^T U = (G + damping)^-1 (GPTQ, Frantar et al. 2022,
     algorithm 1), columns in the order of falling G_ii, updates behind ``block`` columns done at once. W: [out, in];
@@ -44,7 +48,7 @@ def gptq_codes(weight: Tensor, gram: Tensor, scale: Tensor, *, damping: float = 
         inner, behind = upper[part, part], upper[part, start + block :]
         columns, errors = left[:, part].clone(), torch.empty_like(left[:, part])
         for i in range(columns.shape[1]):
-            rounded = columns[:, i].round().clamp(-127, 127)
+            rounded = columns[:, i].round().clamp(-limit, limit)
             codes[:, start + i] = rounded
             errors[:, i] = (columns[:, i] - rounded) / inner[i, i]
             columns[:, i:] -= errors[:, i, None] * inner[i, i:]

@@ -54,7 +54,7 @@ def simulated_error(x: Tensor, weight: Tensor, r: Tensor, target: Target) -> flo
     divided, histogram, activation = x / r, Histogram(), Activation(target)
     histogram.update(divided)
     activation.set_range(*choose_range(histogram, "mse", symmetric=target.symmetric), target)
-    codes, scale = weight_codes(weight * r, axis=0)
+    codes, scale = weight_codes(weight * r, axis=0, limit=target.weight_limit())
     exact = x @ weight.T  # [rows, out]
     error = activation(divided) @ (codes * scale[:, None]).T - exact
     return float(error.norm() / exact.norm()) if exact.any() else 0.0

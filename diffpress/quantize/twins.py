@@ -14,7 +14,7 @@ from diffpress.layer_inputs import summable
 from diffpress.quantize.adaround import Workshop, adaround_codes, best_rows
 from diffpress.quantize.blocks import reconstruct_blocks
 from diffpress.quantize.calibrate import observe_ranges
-from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quantized, weight_codes
+from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quantized, rounded_to_nearest, weight_codes
 from diffpress.quantize.moments import Moments, collect_moments
 from diffpress.quantize.observers import choose_range
 from diffpress.quantize.rounding import gptq_codes, mean_error, refit_weight
@@ -65,10 +65,14 @@ def make_twins(
     Raises ConfigError where rounding is trained and ``context`` has no folder for that.
     """
     layers = {name: layers[name] for name in activations}
+    limit = context.target.weight_limit(config.reduce_range)
     rounded = {}
     if config.rounding != "nearest" or config.refit or config.bias_correction:
-        rounded = _rounded(generator, layers, leaders, activations, context, config)
-    twins = {name: quantized(layer, activations[name], rounded.get(name)) for name, layer in layers.items()}
+        rounded = _rounded(generator, layers, leaders, activations, context, config, limit)
+    twins = {
+        name: quantized(layer, activations[name], rounded.get(name) or rounded_to_nearest(layer, limit))
+        for name, layer in layers.items()
+    }
     if config.rounding != "adaround" or config.adaround.reconstruct == "layer":
         return twins
     calls = probe_calls(generator, context, config.adaround.calls)
@@ -91,6 +95,7 @@ def _rounded(
     activations: dict[str, Activation],
     context: Context,
     config: Int8Config,
+    limit: int,
 ) -> dict[str, Rounded]:
     """Weights rounded with the moments of their inputs, for the layers that are not too wide for that."""
     summed = {name: leaders[name] for name, layer in layers.items() if summable(layer)}
@@ -102,13 +107,17 @@ def _rounded(
     for moments in collect_moments(first, activations, generator, context, cross=config.refit):
         for name, leader in summed.items():
             if leader in moments:
-                codes_of = partial(_codes, config=config, workshop=workshop, name=name)
-                rounded[name] = _round(layers[name], moments[leader], config, codes_of)
+                codes_of = partial(_codes, config=config, workshop=workshop, name=name, limit=limit)
+                rounded[name] = _round(layers[name], moments[leader], config, limit, codes_of)
     return rounded
 
 
 def _round(
-    layer: Any, moments: Moments, config: Int8Config, codes_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    layer: Any,
+    moments: Moments,
+    config: Int8Config,
+    limit: int,
+    codes_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Rounded:
     """Codes, scales and bias of one layer from the moments of its quantized inputs."""
     corrected = config.bias_correction and layer.bias is not None
@@ -117,7 +126,7 @@ def _round(
     gram = moments.gram(centered=corrected)
     if config.refit:
         weight = refit_weight(weight, gram, moments.cross(centered=corrected))
-    nearest, scale = weight_codes(weight, axis=0)
+    nearest, scale = weight_codes(weight, axis=0, limit=limit)
     codes = codes_of(weight, nearest, gram, scale)
     bias = layer.bias
     if corrected:
@@ -134,11 +143,12 @@ def _codes(
     config: Int8Config,
     workshop: Workshop | None,
     name: str,
+    limit: int,
 ) -> Tensor:
     """Codes by the rounding of the config; with ``workshop`` each output's from what keeps it best."""
     if config.rounding == "nearest":
         return nearest
-    columnwise = gptq_codes(weight, gram, scale)
+    columnwise = gptq_codes(weight, gram, scale, limit=limit)
     if workshop is None:
         return columnwise
     candidates = [nearest, columnwise]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffpress.quantize.modules import QDQ_OPSET, ROW_BLOCK, round_rows
+from diffpress.quantize.modules import QDQ_OPSET, ROW_BLOCK, round_rows, rounds_rows
 
 BLOCKS_OPSET = 21  # of DequantizeLinear's blocks, and of int4
 FAST_INT8 = 4  # MatMulNBits accuracy_level: products in 8 bits; 8-bit weights have no fast kernel for any other
@@ -45,7 +45,7 @@ class Form:
         """Input channels of a row that the run-time rounds to 8 bits together; None: rows stay in float."""
         if self.target == "onnxruntime":
             return self.group or ROW_BLOCK
-        return ROW_BLOCK if self.target == "openvino" and channels >= ROW_BLOCK else None
+        return ROW_BLOCK if self.target == "openvino" and rounds_rows(channels) else None
 
 
 def group_codes(weight: Tensor, *, bits: int, group: int | None, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:

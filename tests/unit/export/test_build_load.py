@@ -27,6 +27,7 @@ from diffpress.generator import Generator
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation
 from diffpress.sampling import SamplingPlan
+from diffpress.targets import Target, find_target
 
 
 def build_int8(folder, output, context, target, size="static"):
@@ -275,6 +276,17 @@ def distilled(folder, tmp_path):
 
 def warnings_in(caplog):
     return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(64, True), (127, False)])
+def test_an_engine_of_a_cpu_that_can_more_is_warned_of(dit_built, tmp_path, caplog, monkeypatch, limit, warned):
+    folder = shutil.copytree(dit_built[1].folder, tmp_path / "engine")
+    manifest = json.loads((folder / build.MANIFEST).read_text())
+    assert manifest["largest_code"] == find_target("onnxruntime").weight_limit()
+    (folder / build.MANIFEST).write_text(json.dumps(manifest | {"largest_code": 127}))
+    monkeypatch.setattr(Target, "weight_limit", lambda self: limit)
+    load(folder)
+    assert any("sums can overflow" in text for text in warnings_in(caplog)) == warned
 
 
 def test_a_distilled_engine_is_sampled_as_it_was_distilled(dit_built, tmp_path, caplog):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from tiny import make_flux
 from torch import nn
 
+from diffpress import targets
 from diffpress.artifact import load_weights, save_weights
 from diffpress.errors import ConfigError
 from diffpress.export import ExportConfig, export
@@ -19,6 +20,7 @@ from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
 from diffpress.quantize.sensitivity import output_error, probe_calls, swapped
 from diffpress.quantize.weights import Weights, WeightsConfig
+from diffpress.targets import TARGETS
 
 SPEED = {"float": 1.0, "static": 0.4, "dynamic": 0.5}
 
@@ -129,9 +131,21 @@ def test_the_choice_is_the_best_of_all_by_measurement_too(dit, given):
     assert ranked[len(ranked) // 2] > 1.1 * ranked[0]  # control: not every assignment would have done
 
 
+def test_on_a_cpu_that_would_not_take_ranges_at_run_time_there_are_two_choices(dit_folder, given, monkeypatch):
+    for has, found in ((False, {"static"}), (True, {"static", "dynamic"})):
+        monkeypatch.setattr(targets, "has_dot_products", lambda has=has: has)
+        generator = Generator.load(dit_folder)
+        context = given(generator, "openvino", speed=SPEED | {"dynamic": 0.3})
+        precision = Int8(Int8Config(latency=0.7)).apply(generator, context).metadata["precision"]
+        assert set(precision.values()) - {"float"} <= found
+        assert ("dynamic" in precision.values()) == has
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_static_and_dynamic_live_in_one_network(dit_folder, given, first_call, plan, tmp_path, target):
     """Where one layer is faster dynamic; saved and restored, and through the engine."""
+    if not TARGETS[target].dynamic_here:
+        pytest.skip("needs a CPU with 8-bit dot products")
     generator = Generator.load(dit_folder)
     name = "transformer_blocks.0.ff.net.2"
     plain = priced(generator)

@@ -1,15 +1,18 @@
 """The stage: what it quantizes, what it refuses, and that a saved one comes back bit for bit."""
 
+import dataclasses
 import json
 import logging
 
 import pytest
 import torch
 
+from diffpress import targets
 from diffpress.artifact import load_weights, save_weights
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.quantize import twins
+from diffpress.quantize.adaround import AdaRoundSettings
 from diffpress.quantize.calibrate import SENSITIVITY_SAMPLES
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
@@ -50,6 +53,32 @@ def test_layers_of_a_unet(sd):
 def test_check_refuses(dit, config, target, message):
     with pytest.raises(ConfigError, match=message):
         Int8(config).check(dit, target)
+
+
+def test_check_refuses_ranges_at_run_time_that_the_cpu_would_not_take(dit, monkeypatch):
+    stage = Int8(Int8Config(activations="dynamic"))
+    for has in (True, False):
+        monkeypatch.setattr(targets, "has_dot_products", lambda has=has: has)
+        stage.check(dit, ONNXRUNTIME)
+        if has:
+            stage.check(dit, OPENVINO)
+    with pytest.raises(ConfigError, match=r"'dynamic' run in float32 on target openvino here, .*; allowed: static"):
+        stage.check(dit, OPENVINO)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround"])
+@pytest.mark.parametrize(("reduce_range", "limit"), [(True, 64), (False, 127), (None, 64)])
+def test_the_range_of_weights(dit_folder, context, monkeypatch, tmp_path, reduce_range, limit, rounding):
+    """Null on a CPU without 8-bit dot products."""
+    monkeypatch.setattr(targets, "has_dot_products", lambda: False)
+    generator = Generator.load(dit_folder)
+    given = dataclasses.replace(context(generator), work=tmp_path)
+    config = Int8Config(reduce_range=reduce_range, rounding=rounding, adaround=AdaRoundSettings(steps=20))
+    applied = Int8(config).apply(generator, given)
+    layers = [module for module in generator.denoiser.modules() if isinstance(module, QuantizedLayer)]
+    assert {int(layer.weight.abs().amax()) for layer in layers} == {limit}
+    assert applied.metadata["weight_limit"] == limit
+    assert ("weights from -64 to 64" in applied.summary) == (limit == 64)
 
 
 def test_check_refuses_a_second_time(dit, context):

@@ -1,0 +1,46 @@
+"""What a target can do on this CPU: 8-bit sums that stay in range, and ranges at run time."""
+
+import pytest
+import torch
+
+from diffpress import targets
+from diffpress.targets import FULL_RANGE, REDUCED_RANGE, TARGETS, has_dot_products
+
+WITHOUT = {"architecture": "x86_64", "avx2": True, "avx512_f": True}
+
+
+@pytest.mark.parametrize(
+    ("able", "has"),
+    [
+        (WITHOUT, False),
+        (WITHOUT | {"avx512_vnni": True}, True),
+        (WITHOUT | {"avx_vnni": True}, True),
+        (WITHOUT | {"amx_int8": True}, True),
+        (WITHOUT | {"avx512_vnni": False}, False),
+        ({"architecture": "aarch64"}, True),
+    ],
+)
+def test_who_has_dot_products(monkeypatch, able, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert has_dot_products() is has
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_what_follows_from_that(monkeypatch, has):
+    monkeypatch.setattr(targets, "has_dot_products", lambda: has)
+    here = FULL_RANGE if has else REDUCED_RANGE
+    assert {name: target.weight_limit() for name, target in TARGETS.items()} == {
+        "onnxruntime": here,
+        "openvino": here,
+        "tensorrt": FULL_RANGE,  # not on the CPU
+    }
+    assert {name for name, target in TARGETS.items() if target.dynamic_here} == {"onnxruntime"} | (
+        {"openvino"} if has else set()
+    )
+    for target in TARGETS.values():
+        assert target.weight_limit(reduce_range=True) == REDUCED_RANGE
+        assert target.weight_limit(reduce_range=False) == FULL_RANGE
+
+
+def test_two_products_fit_in_16_bits():
+    assert 2 * 255 * REDUCED_RANGE <= 2**15 - 1 < 2 * 255 * (REDUCED_RANGE + 1)
