@@ -29,8 +29,8 @@ class AdaRoundSettings:
 
     reconstruct: Literal["layer", "block"] = "layer"
     """layer: each layer's own outputs are kept; block: those of the transformer or residual block that it is in."""
-    calls: Annotated[int, Field(ge=1)] = 16
-    """Denoiser calls, spread over one small sampling run, on which blocks are reconstructed; one block's inputs and outputs of all of them are in memory."""  # noqa: E501
+    calls: Annotated[int, Field(ge=1)] = 64
+    """Denoiser calls of two pictures, spread over the calibration runs of all, for blocks: three quarters to train on, one to judge by; one block's inputs and outputs of all of them are in memory."""  # noqa: E501
     steps: Annotated[int, Field(ge=1)] = 500
     """Updates for each layer, or each block."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.1

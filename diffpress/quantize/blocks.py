@@ -153,8 +153,12 @@ def train_block(
     """Twins whose codes, floor or ceil of W / s, keep the block's outputs best, or the old ones where those do better.
 
     Minimizes ||f(x) - y||^2 / unit + l f(h) as `adaround_codes` does, ``unit`` the error with the old twins; one
-    example, a whole denoiser call, for each update of a process.
+    example, a whole denoiser call, for each update of a process. Which do better is judged on the last quarter of the
+    ``examples``, which training does not see, unless there are less than 4.
     """
+    quarter = len(examples) // 4
+    judged = examples[len(examples) - quarter :] if quarter else examples
+    examples = examples[: len(examples) - quarter]
     before = block.error(block.twins, examples)
     if before == 0:
         return dict(block.twins)
@@ -183,7 +187,7 @@ def train_block(
             label=f"Rounding {block.name}",
         )
     trained = block.rounded({name: twin.rounding.codes() for name, twin in soft.items()})
-    return trained if block.error(trained, examples) < before else dict(block.twins)
+    return trained if block.error(trained, judged) < block.error(block.twins, judged) else dict(block.twins)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,13 +19,15 @@ from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quan
 from diffpress.quantize.moments import Moments, collect_moments
 from diffpress.quantize.observers import choose_range
 from diffpress.quantize.rounding import gptq_codes, mean_error, refit_weight
-from diffpress.quantize.sensitivity import probe_calls
+from diffpress.recorded import record
 from diffpress.stage import Context
 
 if TYPE_CHECKING:
     from diffpress.quantize.int8 import Int8Config
 
 logger = logging.getLogger(__name__)
+
+BLOCK_PICTURES = 2  # of a call that a block is reconstructed on: of few pictures a block learns these by heart
 
 Layers = Mapping[str, nn.Module]
 
@@ -75,7 +78,8 @@ def make_twins(
     }
     if config.rounding != "adaround" or config.adaround.reconstruct == "layer":
         return twins
-    calls = probe_calls(generator, context, config.adaround.calls)
+    small = dataclasses.replace(context, batch_size=BLOCK_PICTURES)
+    calls = record(generator, small, config.adaround.calls, "Rounding: recording denoiser calls")
     workshop = _workshop(context, f"{_kind(activations)}-blocks")
     return reconstruct_blocks(generator.denoiser, layers, twins, calls, settings=config.adaround, workshop=workshop)
 

@@ -73,6 +73,11 @@ def pair():
     return make
 
 
+def old_output(block, example):
+    with torch.no_grad(), swapped(block.network, block.twins):
+        return block.module(*example.args)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_output_of_the_block_comes_closer(pair, tmp_path, seed):
     block, examples = pair(seed)
@@ -94,6 +99,18 @@ def test_without_gain_the_old_codes_stay(pair, tmp_path):
     wild = AdaRoundSettings(reconstruct="block", steps=1, learning_rate=50.0)
     found = train_block(block, examples, settings=wild, workshop=Workshop(tmp_path, 0, SILENT))
     assert all(found[name] is twin for name, twin in block.twins.items())
+
+
+def test_what_is_kept_is_judged_on_calls_that_training_does_not_see(pair, tmp_path):
+    """Where those want something else, learning the others by heart is no gain."""
+    block, examples = pair(0)
+    settings = AdaRoundSettings(reconstruct="block")
+    old = Example(examples[0].args, {}, (old_output(block, examples[0]),))
+    for last, kept in ((examples[0], False), (old, True)):  # of ``old`` the old codes make no error
+        found = train_block(
+            block, [*examples, last], settings=settings, workshop=Workshop(tmp_path / str(kept), 0, SILENT)
+        )
+        assert all((found[name] is twin) == kept for name, twin in block.twins.items())
 
 
 def test_a_soft_twin_begins_as_the_float_layer_behind_a_quantized_input(pair):
