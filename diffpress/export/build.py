@@ -29,7 +29,7 @@ from diffpress.export.parity import (
     tolerance_of,
 )
 from diffpress.export.replay import prove_cache
-from diffpress.export.session import missing_providers, open_session, runs_on_cpu
+from diffpress.export.session import has_bfloat16, missing_providers, open_session, runs_on_cpu
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan, argument_names
 from diffpress.progress import SILENT, Progress
@@ -56,8 +56,8 @@ def check_export(generator: Generator, settings: ExportConfig) -> None:
     """Refuse before any work what cannot be built.
 
     Raises ConfigError for a free size where the generator has one, for a feature cache that the denoiser or the target
-    cannot have, and for a provider that is not on this machine, MissingDependencyError for a run-time that is not
-    installed.
+    cannot have, for a provider that is not on this machine and for bfloat16 that this does not compute in,
+    MissingDependencyError for a run-time that is not installed.
     """
     find_target(settings.target)
     if generator.cache is not None:
@@ -76,6 +76,11 @@ def check_export(generator: Generator, settings: ExportConfig) -> None:
         raise ConfigError(
             f"export: providers {', '.join(missing)}: not available to {settings.target} on this machine, "
             f"which has {', '.join(known) or 'no device for it'}"
+        )
+    device = (settings.providers or ("CPU",))[0]
+    if settings.compute == "bfloat16" and not has_bfloat16(device):
+        raise ConfigError(
+            f"export: compute bfloat16, but {device} of this machine computes in float32; allowed here: float32"
         )
 
 

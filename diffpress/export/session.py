@@ -86,6 +86,18 @@ def device_parts(device: str) -> list[str]:
     return parts.split(",") if colon else [] if kind == "AUTO" else [device]
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether an OpenVINO device, every part of a composite one, computes in bfloat16."""
+    import openvino
+
+    core = openvino.Core()
+    return all("BF16" in core.get_property(name, "OPTIMIZATION_CAPABILITIES") for name in _devices(device))
+
+
+def _devices(device: str) -> list[str]:
+    return device_parts(device) or ["AUTO"]
+
+
 def _is_there(device: str, known: Sequence[str]) -> bool:
     """OpenVINO calls the first GPU either GPU or GPU.0, and takes both."""
     return device in known or f"{device}.0" in known or (device == "GPU.0" and "GPU" in known)
@@ -205,9 +217,8 @@ class OpenVinoSession:
         missing, known = missing_providers("openvino", [self._device])
         if missing:
             raise EngineError(f"device {self._device} is not available; OpenVINO sees {', '.join(known)}")
-        devices = device_parts(self._device) or ["AUTO"]
-        able = all("BF16" in self._core.get_property(name, "OPTIMIZATION_CAPABILITIES") for name in devices)
-        precision = "bf16" if compute == "bfloat16" and able else "f32"
+        devices = _devices(self._device)
+        precision = "bf16" if compute == "bfloat16" and has_bfloat16(self._device) else "f32"
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         if {"CPU", "AUTO"} & set(devices):
             self._settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()

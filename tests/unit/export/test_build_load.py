@@ -4,7 +4,9 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import openvino
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -249,6 +251,18 @@ def test_a_provider_that_is_not_on_this_machine_is_refused_first(dit, target, go
     check_export(dit, ExportConfig(target=target, providers=(good,)))
     with pytest.raises(ConfigError, match=rf"providers {bad}: not available to {target} .* which has .*{has}"):
         check_export(dit, ExportConfig(target=target, providers=(bad,)))
+
+
+@pytest.mark.parametrize("device", ["CPU", "AUTO"])
+def test_bfloat16_that_the_machine_lacks_is_refused_first(dit, monkeypatch, device):
+    settings = ExportConfig(target="openvino", compute="bfloat16", providers=(device,))
+    for able in (["FP32", "BF16"], ["FP32"]):
+        core = SimpleNamespace(available_devices=["CPU"], get_property=lambda *_, able=able: able)
+        monkeypatch.setattr(openvino, "Core", lambda core=core: core)
+        if "BF16" in able:
+            check_export(dit, settings)
+    with pytest.raises(ConfigError, match=f"compute bfloat16, but {device} of this machine .*; allowed here: float32"):
+        check_export(dit, settings)
 
 
 def test_a_target_that_takes_one_device_refuses_two():
