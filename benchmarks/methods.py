@@ -69,6 +69,8 @@ QUANTIZE: dict[str, list[dict | str]] = {
     "weights alone, 8 bits": [weights()],
     "weights alone, 4 bits in groups of 32": [weights(bits=4, group=32)],
     "weights alone, 4 bits in groups of 32, AWQ": [weights(bits=4, group=32, awq=True)],
+    "weights alone, 4 bits in groups of 32, GPTQ": [weights(bits=4, group=32, rounding="gptq")],
+    "weights alone, 4 bits in groups of 32, AWQ and GPTQ": [weights(bits=4, group=32, awq=True, rounding="gptq")],
     "text encoder alone, weights in 8 bits": [weights(component="text_encoder")],
     "dynamic": [SMOOTHED, int8(activations="dynamic")],
 }

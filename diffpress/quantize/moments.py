@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,15 +12,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffpress.generator import Generator
 from diffpress.layer_inputs import columns, groups, positions, pre_hooks, rows_at, rows_per_call
-from diffpress.quantize.modules import Activation
 from diffpress.stage import Context
+
+InputRounding = Callable[[Tensor], Tensor]
+"""What a run-time does to a layer's input before it multiplies: an `Activation`, or the rounding of rows."""
 
 
 class Moments:
     """Means over the sampled rows of x, Q(x), Q(x) Q(x)^T and, if ``cross``, x Q(x)^T; float32."""
 
     def __init__(
-        self, layer: nn.Linear | nn.Conv2d, activation: Activation, *, rows_per_call: int, cross: bool
+        self, layer: nn.Linear | nn.Conv2d, activation: InputRounding, *, rows_per_call: int, cross: bool
     ) -> None:
         size = columns(layer)
         self.layer, self.activation, self.rows_per_call = layer, activation, rows_per_call
@@ -77,7 +79,7 @@ def shared_inputs(generator: Generator, layers: Mapping[str, nn.Module], context
 
 def collect_moments(
     layers: Mapping[str, Any],
-    activations: Mapping[str, Activation],
+    activations: Mapping[str, InputRounding],
     generator: Generator,
     context: Context,
     *,

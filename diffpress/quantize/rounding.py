@@ -36,21 +36,23 @@ def gptq_codes(
 
     e_i = (w_i - q_i) / U_ii, w_j -= e_i U_ij for j > i, U^T U = (G + damping)^-1 (GPTQ, Frantar et al. 2022,
     algorithm 1), columns in the order of falling G_ii, updates behind ``block`` columns done at once. W: [out, in];
-    G: [in, in]; s: [out]. Float64 inside; returns int8 [out, in].
+    G: [in, in]; s: [out], or [out, in] where channels of an output differ. Float64 inside; returns int8 [out, in].
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
     hessian = damped(gram.double(), damping)[order][:, order]
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    left = (weight.double() / scale.double()[:, None])[:, order]  # [out, in], in steps
+    steps = (scale if scale.ndim == 2 else scale[:, None]).double().expand(weight.shape)[:, order]
+    left = weight.double()[:, order]  # [out, in]
     codes = torch.empty_like(left)
     for start in range(0, left.shape[1], block):
         part = slice(start, start + block)
         inner, behind = upper[part, part], upper[part, start + block :]
         columns, errors = left[:, part].clone(), torch.empty_like(left[:, part])
         for i in range(columns.shape[1]):
-            rounded = columns[:, i].round().clamp(-limit, limit)
+            step = steps[:, start + i]
+            rounded = (columns[:, i] / step).round().clamp(-limit, limit)
             codes[:, start + i] = rounded
-            errors[:, i] = (columns[:, i] - rounded) / inner[i, i]
+            errors[:, i] = (columns[:, i] - rounded * step) / inner[i, i]
             columns[:, i:] -= errors[:, i, None] * inner[i, i:]
         left[:, start + block :] -= errors @ behind
     return codes[:, order.argsort()].to(torch.int8)

@@ -26,6 +26,10 @@ BLOCKS_OPSET = 21  # of DequantizeLinear's blocks, and of int4
 FAST_INT8 = 4  # MatMulNBits accuracy_level: products in 8 bits; 8-bit weights have no fast kernel for any other
 
 
+Coded = tuple[Tensor, Tensor]
+"""Codes int8 [out, groups, group] and scales float32 [out, groups] of a weight [out, in]."""
+
+
 @dataclass(frozen=True)
 class Form:
     """How a weight is stored, and for which run-time."""
@@ -41,14 +45,21 @@ class Form:
         """Whether groups are exported as blocks of a standard DequantizeLinear."""
         return self.group is not None and self.target == "tensorrt"
 
-    def row_block(self, channels: int) -> int | None:
-        """Input channels of a row that the run-time rounds to 8 bits together; None: rows stay in float."""
+    @property
+    def limit(self) -> int:
+        """The largest code; the smallest is its opposite."""
+        return 2 ** (self.bits - 1) - 1
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` [..., channels], float32, as the run-time multiplies it with the weight: rounded in blocks, or not."""
         if self.target == "onnxruntime":
-            return self.group or ROW_BLOCK
-        return ROW_BLOCK if self.target == "openvino" and rounds_rows(channels) else None
+            return round_rows(x, self.group or ROW_BLOCK)
+        if self.target == "openvino" and rounds_rows(x.shape[-1]):
+            return round_rows(x, ROW_BLOCK)
+        return x.float()
 
 
-def group_codes(weight: Tensor, *, bits: int, group: int | None, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+def group_codes(weight: Tensor, *, bits: int, group: int | None, clip: Tensor | float = 1.0) -> Coded:
     """Q = round(W / s) in [-m, m] with m = 2^(bits-1) - 1 and s = clip max|W| / m over each group of input channels.
 
     ``weight`` is [out, in], ``group`` divides in (None: in itself), ``clip`` in (0, 1] is a number or [out, groups].
@@ -80,12 +91,11 @@ class WeightOnlyLinear(nn.Module):
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Linear, form: Form, *, clip: Tensor | float = 1.0) -> None:
-        """Quantize ``layer``; ``clip`` as in `group_codes`."""
+    def __init__(self, layer: nn.Linear, form: Form, coded: Coded | None = None) -> None:
+        """``layer`` with these codes and scales, by default those of `group_codes`."""
         super().__init__()
         self.in_features, self.out_features, self.form = layer.in_features, layer.out_features, form
-        self.row_block = form.row_block(layer.in_features)
-        codes, scale = group_codes(layer.weight, bits=form.bits, group=form.group, clip=clip)
+        codes, scale = coded or group_codes(layer.weight, bits=form.bits, group=form.group)
         if form.group is None:
             codes, scale = codes.flatten(1).T.contiguous(), scale.flatten()  # [in, out], [out]
         elif form.blocks:
@@ -107,8 +117,7 @@ class WeightOnlyLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.onnx.is_in_onnx_export():
-            rows = x.float() if self.row_block is None else round_rows(x, self.row_block)
-            return F.linear(rows, self.weight, self.bias).to(x.dtype)
+            return F.linear(self.form.rounded(x), self.weight, self.bias).to(x.dtype)
         nbits = self.form.group is not None and not self.form.blocks
         product = self._multiply(x) if nbits else x @ self._dequantize()
         return product if self.bias is None else product + self.bias
@@ -163,8 +172,6 @@ class WeightOnlyEmbedding(nn.Module):
         return F.embedding(index, self.codes).float() * F.embedding(index, self.scale)
 
 
-def weight_only(layer: nn.Linear | nn.Embedding, form: Form, *, clip: Tensor | float = 1.0) -> nn.Module:
-    """The twin of a Linear in ``form``, or of an Embedding in 8 bits."""
-    if isinstance(layer, nn.Embedding):
-        return WeightOnlyEmbedding(layer)
-    return WeightOnlyLinear(layer, form, clip=clip)
+def weight_only(layer: nn.Linear | nn.Embedding, form: Form, coded: Coded | None = None) -> nn.Module:
+    """The twin of a Linear in ``form``, or of an Embedding in 8 bits; ``coded`` as in `WeightOnlyLinear`."""
+    return WeightOnlyEmbedding(layer) if isinstance(layer, nn.Embedding) else WeightOnlyLinear(layer, form, coded)

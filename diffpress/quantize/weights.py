@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
+from diffpress.layer_inputs import summable
 from diffpress.quantize.awq import balance, best_clip, find_text_folds, relative_error, watching
 from diffpress.quantize.calibrate import same_function
 from diffpress.quantize.folds import find_folds
 from diffpress.quantize.modules import QuantizedLayer, kept_float
+from diffpress.quantize.moments import collect_moments, shared_inputs
+from diffpress.quantize.rounding import gptq_codes
 from diffpress.quantize.streams import Rows
-from diffpress.quantize.weight_only import Form, WeightOnlyEmbedding, WeightOnlyLinear, weight_only
+from diffpress.quantize.weight_only import (
+    Coded,
+    Form,
+    WeightOnlyEmbedding,
+    WeightOnlyLinear,
+    group_codes,
+    weight_only,
+)
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
+
+logger = logging.getLogger(__name__)
 
 Component = Literal["denoiser", "text_encoder", "text_encoder_2", "text_encoder_3"]
 GROUPS: dict[str, dict[int, tuple[int, ...]]] = {  # what each run-time reads, by bits
@@ -46,6 +60,9 @@ class WeightsConfig:
     """Layers to leave in float all the same: names in the component, with * as wildcard."""
     awq: bool = False
     """Scale channels by what they carry, where a norm or a projection before can take the inverse, and clip ranges."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """nearest: each weight alone; gptq: later columns make up for the error of earlier ones, on the inputs that the
+    run-time multiplies with."""
     component: Component = "denoiser"
     """Part of the pipeline whose weights are quantized."""
 
@@ -113,39 +130,76 @@ class Weights:
         component = generator.part(self.config.component)
         form, chosen = Form(context.target.name, self.config.bits, self.config.group), self.layers(component)
         before = _bytes(component)
+        context = self._calibrated_by(context)
         with watching(chosen) as seen:
-            self._calibrate(generator, context)
+            context.run(generator, "Calibrating: observing inputs")
         if self.config.awq:
             with same_function("quantize.weights", generator, context):
                 balance(_folds(component), chosen, seen, form)
         errors: dict[str, float] = {}
-        for name, layer in chosen.items():
-            twin = self._twin(name, layer, form, seen)
+        for name, twin in self._twins(generator, chosen, form, seen, context):
             if name in seen:
-                errors[name] = relative_error(twin, layer, seen[name])
-            replace(component, layer, twin)
+                errors[name] = relative_error(twin, chosen[name], seen[name])
+            replace(component, chosen[name], twin)
         metadata = {
             "target": context.target.name,
             "component": self.config.component,
             "bits": self.config.bits,
             "group": self.config.group,
             "layers": {name: list(layer.weight.shape) for name, layer in chosen.items()},
-            "sensitivity": errors,
+            "sensitivity": {name: errors[name] for name in chosen if name in errors},
         }
         saved = f"{before / 2**20:.1f} to {_bytes(component) / 2**20:.1f} MiB"
         summary = f"weights of {len(chosen)} layers in {self.config.bits} bits, {self.config.component} from {saved}"
         return Applied(generator, metadata, summary, self.config.component)
 
-    def _calibrate(self, generator: Generator, context: Context) -> None:
-        plan = context.plan
-        if self.config.component != "denoiser":
-            plan = dataclasses.replace(plan, steps=min(plan.steps, TEXT_STEPS))
-        dataclasses.replace(context, plan=plan).run(generator, "Calibrating: observing inputs")
+    def _calibrated_by(self, context: Context) -> Context:
+        """The runs of ``context``, of fewer steps for what the schedule does not reach."""
+        if self.config.component == "denoiser":
+            return context
+        return dataclasses.replace(
+            context, plan=dataclasses.replace(context.plan, steps=min(context.plan.steps, TEXT_STEPS))
+        )
 
-    def _twin(self, name: str, layer: nn.Linear | nn.Embedding, form: Form, seen: dict[str, Rows]) -> nn.Module:
-        if not self.config.awq or name not in seen or isinstance(layer, nn.Embedding):
-            return weight_only(layer, form)
-        return weight_only(layer, form, clip=best_clip(name, layer, seen[name].values, form))
+    def _twins(
+        self,
+        generator: Generator,
+        chosen: Mapping[str, nn.Linear | nn.Embedding],
+        form: Form,
+        seen: Mapping[str, Rows],
+        context: Context,
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The twin of each layer by name, as soon as it is made."""
+        left = dict(chosen)
+        if self.config.rounding == "gptq":
+            linear = [name for name, layer in left.items() if isinstance(layer, nn.Linear) and name in seen]
+            reached = {name: left[name] for name in linear if summable(left[name])}
+            if len(reached) < len(linear):
+                logger.info("quantize.weights: rounded to nearest: %s", ", ".join(set(linear) - set(reached)))
+            for name, gram in _grams(generator, reached, form, context):
+                layer = left.pop(name)
+                yield name, weight_only(layer, form, self._coded(name, layer, form, seen, gram))
+        for name, layer in left.items():
+            yield name, weight_only(layer, form, self._coded(name, layer, form, seen))
+
+    def _coded(
+        self,
+        name: str,
+        layer: nn.Linear | nn.Embedding,
+        form: Form,
+        seen: Mapping[str, Rows],
+        gram: Tensor | None = None,
+    ) -> Coded | None:
+        """Codes and scales of a Linear: with moments of its inputs by GPTQ, else the nearest."""
+        if isinstance(layer, nn.Embedding):
+            return None
+        weight = layer.weight.detach()
+        clip = best_clip(name, layer, seen[name].values, form) if self.config.awq and name in seen else 1.0
+        codes, scale = group_codes(weight, bits=form.bits, group=form.group, clip=clip)
+        if gram is not None:
+            columns = scale.repeat_interleave(codes.shape[-1], dim=1)  # [out, in]
+            codes = gptq_codes(weight, gram, columns, limit=form.limit).view_as(codes)
+        return codes, scale
 
     @staticmethod
     def restore(generator: Generator, metadata: dict[str, Any]) -> None:
@@ -159,6 +213,20 @@ class Weights:
                     f"quantize.weights: layer {name} is {list(layer.weight.shape)}, but the artifact has {shape}"
                 )
             replace(component, layer, weight_only(layer, form))
+
+
+def _grams(
+    generator: Generator, layers: Mapping[str, nn.Module], form: Form, context: Context
+) -> Iterator[tuple[str, Tensor]]:
+    """E[q q^T], q what a layer's weight is multiplied with, by the layer's name; measured in as few runs as fit."""
+    leaders = shared_inputs(generator, layers, context)
+    first = {leader: layers[leader] for leader in leaders.values()}
+    for moments in collect_moments(first, dict.fromkeys(first, form.rounded), generator, context, cross=False):
+        names = [name for name, leader in leaders.items() if leader in moments]
+        with context.progress.task("Rounding weights", total=len(names)) as advance:
+            for name in names:
+                yield name, moments[leaders[name]].gram(centered=False)
+                advance(1)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from diffpress.quantize.modules import weight_codes
 from diffpress.quantize.rounding import damped, gptq_codes, mean_error, refit_weight
+from diffpress.quantize.weight_only import group_codes
 
 
 def correlated(seed, columns=24, rows=400, outputs=16):
@@ -74,6 +75,25 @@ def test_gptq_near_the_best_of_all_roundings():
         found = (x @ (weight[row] - codes[row] * scale[row])).square().mean()
         assert errors.min() <= found * 1.0001
         assert found <= errors.quantile(0.02)
+
+
+@pytest.mark.parametrize("group", [4, 8, 24])
+def test_gptq_with_a_scale_for_each_group(group):
+    for seed in range(6):
+        x, weight = correlated(seed)
+        nearest, scale = group_codes(weight, bits=4, group=group)
+        nearest, steps = nearest.flatten(1), scale.repeat_interleave(group, dim=1)
+        codes = gptq_codes(weight, gram(x), steps, limit=7)
+        assert codes.abs().max() <= 7
+        chosen, naive, shifted = (
+            float((x @ (weight - c * steps).T).square().mean())
+            for c in (codes, nearest, gptq_codes(weight, gram(x), steps.roll(group, 0), limit=7))  # of other outputs
+        )
+        assert chosen < 0.7 * naive
+        assert chosen < shifted
+        assert torch.equal(gptq_codes(weight, torch.eye(24), steps, limit=7), nearest)
+    one = weight_codes(weight, axis=0)[1]
+    assert torch.equal(gptq_codes(weight, gram(x), one[:, None].expand(-1, 24)), gptq_codes(weight, gram(x), one))
 
 
 def test_dead_channels_are_rounded_to_nearest_and_harm_nobody():

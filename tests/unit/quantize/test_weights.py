@@ -80,11 +80,11 @@ def test_config_refuses(fields):
 
 
 @pytest.mark.parametrize("family", ["dit", "sd"])
-@pytest.mark.parametrize(("bits", "group", "awq"), [(8, None, False), (8, None, True)])
-def test_saved_and_restored_it_is_the_same(family, bits, group, awq, request, context, first_call, relative, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"awq": True}, {"rounding": "gptq"}])
+def test_saved_and_restored_it_is_the_same(family, settings, request, context, first_call, relative, tmp_path):
     generator = request.getfixturevalue(family)
     in_float, call = first_call(generator)
-    applied = Weights(WeightsConfig(bits=bits, group=group, awq=awq)).apply(generator, context(generator))
+    applied = Weights(WeightsConfig(**settings)).apply(generator, context(generator))
     expected = first_call(generator, call)[0]
     assert 0 < relative(expected, in_float) < 0.1
     save_weights(generator.denoiser, tmp_path / "weights.safetensors")
@@ -137,8 +137,23 @@ def test_sensitivity_is_the_error_of_one_layer_alone(dit, context):
     assert sensitivity[name.replace("1.norm1", "0.norm1")] != pytest.approx(sensitivity[name], rel=1e-4)
 
 
+@pytest.mark.parametrize(("family", "component"), [("dit", "denoiser"), ("sd", "denoiser"), ("sd", "text_encoder")])
+@pytest.mark.parametrize("awq", [False, True])
+def test_gptq_lowers_the_error_of_layers(family, component, awq, request, context):
+    """By the geometric mean over layers; the same layers, inputs and scales."""
+    found = []
+    for rounding in ("nearest", "gptq"):
+        generator = Generator.load(request.getfixturevalue(family).source)
+        config = WeightsConfig(component=component, rounding=rounding, awq=awq)
+        found.append(Weights(config).apply(generator, context(generator)).metadata["sensitivity"])
+    nearest, gptq = found
+    assert list(nearest) == list(gptq)
+    ratios = torch.tensor([gptq[name] / nearest[name] for name in nearest if nearest[name] > 0])
+    assert ratios.log().mean().exp() < 0.9, ratios
+
+
 def test_hooks_are_removed(dit, context, hooks_of):
-    Weights(WeightsConfig(awq=True)).apply(dit, context(dit))
+    Weights(WeightsConfig(awq=True, rounding="gptq")).apply(dit, context(dit))
     assert hooks_of(dit.denoiser) == 0
 
 
