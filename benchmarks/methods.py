@@ -106,6 +106,25 @@ def caches() -> dict[str, list[dict]]:
     } | {f"{steps} steps": [{"prune.schedule": {"steps": steps, "evaluations": 8}}] for steps in (4, 6, 8, 10, 12, 14)}
 
 
+def schedules() -> dict[str, list[dict]]:
+    """Grids of few steps by each method; of 8 evaluations the search has the best of the usual spacings."""
+    ways = {"usual spacing": {"evaluations": 8}, "search": {}, "bound": {"method": "bound"}}
+    return {
+        f"{name}, {steps} steps": [{"prune.schedule": {"steps": steps} | settings}]
+        for steps in (4, 6, 8)
+        for name, settings in ways.items()
+    }
+
+
+def tokens() -> dict[str, list[dict]]:
+    """Reductions of tokens by the change of the denoiser's output that they may make."""
+    return {
+        f"{method}, error {error:g}": [{"prune.tokens": {"method": method, "error": error}}]
+        for method in ("pool", "merge", "coarse")
+        for error in (0.05, 0.1, 0.2)
+    }
+
+
 def within(stages: list[dict], error: float) -> list[dict]:
     """``stages`` with an error budget for `quantize.int8`."""
     name = "quantize.int8"
@@ -126,6 +145,8 @@ KINDS: dict[str, Mapping[str, Sequence[dict | str] | float | None]] = {
     "cache": NOTHING | caches(),
     "depth": NOTHING | depth(0.25) | depth(0.5),
     "width": NOTHING | width(0.75) | width(0.5),
+    "schedule": NOTHING | schedules(),
+    "tokens": NOTHING | tokens(),
     "peers": {"float": [], "diffpress": None} | dict.fromkeys(peers.PEERS),
 }
 """Stages by variant; None: the recipe's own, or a peer's quantizer in their place; a number: its own in this budget."""
