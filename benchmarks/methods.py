@@ -92,7 +92,7 @@ def width(share: float) -> dict[str, list[dict]]:
         f"{importance}{', repaired' if repair else ''}, {share:.0%} kept": [
             {"prune.width": {"keep": share, "importance": importance, "repair": repair}}
         ]
-        for importance in ("hessian", "taylor", "magnitude", "random")
+        for importance in ("surgeon", "hessian", "taylor", "magnitude", "random")
         for repair in (True, False)
     }
 

@@ -96,18 +96,25 @@ def unit_scores(
         return {name: torch.rand(s.units, generator=random, dtype=torch.float64) for name, s in structures.items()}
     totals = {name: torch.zeros(s.units, dtype=torch.float64) for name, s in structures.items()}
     seen = 0
+    for objective in objectives(kind, generator, context, samples=samples):
+        found = gate_gradients(objective, structures)
+        for name, gradient in found.items():
+            totals[name] += gradient.square().sum(0).cpu()
+        seen += len(next(iter(found.values())))
+    return {name: total / seen for name, total in totals.items()}
+
+
+def objectives(
+    kind: Literal["hessian", "taylor"], generator: Generator, context: Context, *, samples: int
+) -> Iterator[Objective]:
+    """What gradients are taken of: `projected` or `denoising_loss`, over the runs of ``samples`` conditions."""
     batches = range(0, min(samples, len(context.conditions)), context.batch_size)
     make = _projections if kind == "hessian" else _denoising_losses
     with context.progress.task("Pruning: importance", total=len(batches) * context.plan.steps) as advance:
         for start in batches:
-            rows = slice(start, min(start + context.batch_size, samples))
-            for objective in make(generator, context, rows):
-                found = gate_gradients(objective, structures)
-                for name, gradient in found.items():
-                    totals[name] += gradient.square().sum(0).cpu()
-                seen += len(next(iter(found.values())))
+            for objective in make(generator, context, slice(start, min(start + context.batch_size, samples))):
+                yield objective
                 advance(1)
-    return {name: total / seen for name, total in totals.items()}
 
 
 def _projections(generator: Generator, context: Context, rows: slice) -> Iterator[Objective]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,13 @@ class InputMoments:
         places = torch.randperm(positions(self.layer, x), generator=self._random)[: self.rows]
         return rows_at(self.layer, x, places)
 
+    def matrix(self) -> Tensor:
+        """The layer's weight with a column for each number of a row, float64; a channel's columns are together."""
+        weight = self.layer.weight.detach().double().cpu()
+        if self.by_position:
+            weight = weight.flatten(2).transpose(1, 2).flatten(0, 1)  # [out x taps, channels]
+        return weight.flatten(1)
+
     @property
     def mean(self) -> Tensor:
         return self._sum / self.count
@@ -77,21 +84,17 @@ def repaired(layer: Any, moments: InputMoments, removed: Tensor, *, ridge: float
     In the layer's own shape, dtype and device; the columns of the removed channels are zeros. The bias takes what the
     means differ by: b' = b + W_R (m_R - M m_S).
     """
-    weight = layer.weight.double().cpu().flatten(2) if layer.weight.ndim > 2 else layer.weight.double().cpu()[..., None]
-    out, channels, taps = weight.shape
-    if moments.by_position:
-        matrix, gone = weight.transpose(1, 2).reshape(out * taps, channels), removed
-    else:
-        matrix, gone = weight.reshape(out, channels * taps), removed.repeat_interleave(taps)
+    matrix = moments.matrix()
+    gone = removed.repeat_interleave(matrix.shape[1] // len(removed))
     fitted, mix = absorb(matrix, moments.gram(centered=layer.bias is not None), gone, ridge=ridge)
     whole = torch.zeros_like(matrix)
     whole[:, ~gone] = fitted
     if moments.by_position:
-        whole = whole.reshape(out, taps, channels).transpose(1, 2)
+        whole = whole.unflatten(0, (len(layer.weight), -1)).transpose(1, 2)
     bias = None
     if layer.bias is not None:
         shift = matrix[:, gone] @ (moments.mean[gone] - mix @ moments.mean[~gone])
-        bias = (layer.bias.double().cpu() + shift.reshape(out, -1).sum(1)).to(layer.bias)
+        bias = (layer.bias.double().cpu() + shift.reshape(len(layer.bias), -1).sum(1)).to(layer.bias)
     return whole.reshape(layer.weight.shape).to(layer.weight), bias
 
 
@@ -105,28 +108,32 @@ def repair(
 ) -> None:
     """Refit every layer that reads a structure in ``kept`` to do without the units that are not; shapes stay.
 
-    All are fitted to the activations of the network as it is. One calibration run for each group of layers whose
-    matrices fit into memory.
+    All are fitted to the activations of the network as it is.
     """
-    jobs: dict[str, tuple[Any, Tensor]] = {}
-    for name, units in kept.items():
+    fitted: list[tuple[Any, Tensor, Tensor | None]] = []
+    for name, moments in moments_read({name: structures[name] for name in kept}, generator, context):
         removed = torch.ones(structures[name].units * structures[name].size, dtype=torch.bool)
-        removed[structures[name].channels(units)] = False
-        jobs |= {key: (layer, removed) for key, layer in structures[name].consumers.items()}
-    fitted: dict[str, tuple[Tensor, Tensor | None]] = {}
-    parts = list(groups({key: 8 * columns(layer) ** 2 for key, (layer, _) in jobs.items()}))
-    for number, keys in enumerate(parts, 1):
-        moments = {key: InputMoments(jobs[key][0], rows=rows_per_call(jobs[key][0], context)) for key in keys}
-        with pre_hooks({key: jobs[key][0] for key in keys}, partial(_update, moments)):
-            context.run(generator, f"Pruning: what the layers read, pass {number} of {len(parts)}")
-        for key in keys:
-            layer, removed = jobs[key]
-            fitted[key] = repaired(layer, moments[key], removed, ridge=ridge)
-    for key, (weight, bias) in fitted.items():
-        layer = jobs[key][0]
+        removed[structures[name].channels(kept[name])] = False
+        fitted += [(of.layer, *repaired(of.layer, of, removed, ridge=ridge)) for of in moments]
+    for layer, weight, bias in fitted:
         layer.weight.data.copy_(weight)
         if bias is not None:
             layer.bias.data.copy_(bias)
+
+
+def moments_read(
+    structures: Mapping[str, Structure], generator: Generator, context: Context
+) -> Iterator[tuple[str, list[InputMoments]]]:
+    """For each structure the moments of what its consumers read; one calibration run for as many as fit into memory."""
+    sizes = {name: sum(8 * columns(layer) ** 2 for layer in s.consumers.values()) for name, s in structures.items()}
+    parts = list(groups(sizes))
+    for number, names in enumerate(parts, 1):
+        layers = {key: layer for name in names for key, layer in structures[name].consumers.items()}
+        moments = {key: InputMoments(layer, rows=rows_per_call(layer, context)) for key, layer in layers.items()}
+        with pre_hooks(layers, partial(_update, moments)):
+            context.run(generator, f"Pruning: what the layers read, pass {number} of {len(parts)}")
+        for name in names:
+            yield name, [moments[key] for key in structures[name].consumers]
 
 
 def _update(moments: Mapping[str, InputMoments], name: str, x: Tensor) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.prune.importance import Importance, unit_scores
 from diffpress.prune.repair import repair
+from diffpress.prune.surgeon import surgeon_scores
 from diffpress.recorded import mean_error, record
 from diffpress.stage import Applied, Context
 from diffpress.structures import Kind, Nested, Structure, find_structures, masked, uniform_counts, widths
@@ -48,9 +49,10 @@ class WidthConfig:
     the other settings do not matter."""
     kinds: tuple[Kind, ...] = ("heads", "mlp", "resnet")
     """What can go: attention heads, hidden channels of MLPs, inner channels of U-Net resnets."""
-    importance: Importance = "hessian"
-    """What a unit is worth: hessian, the squared change of the denoiser's output to first order; taylor, squared
-    gradients of the denoising loss; magnitude, norm of the weights; random."""
+    importance: Importance | Literal["surgeon"] | None = None
+    """What a unit is worth: surgeon, what the denoiser's output loses once the layer that reads it is refitted to what
+    is left; hessian, the squared change of the output to first order; taylor, squared gradients of the denoising loss;
+    magnitude, norm of the weights; random; null: surgeon where a refit follows, else hessian."""
     samples: Annotated[int, Field(ge=1)] = 16
     """Sampling runs, of the calibration's, that gradients are taken over."""
     align: Annotated[int, Field(ge=1)] = 16
@@ -71,6 +73,11 @@ class WidthConfig:
         if not self.kinds:
             raise ValueError("kinds is empty; allowed: heads, mlp, resnet")
         return self
+
+    @property
+    def criterion(self) -> Importance | Literal["surgeon"]:
+        """``importance``, or what null stands for."""
+        return self.importance or ("surgeon" if self.repair and self.nested is None else "hessian")
 
 
 def best_units(scores: Tensor, count: int) -> list[int]:
@@ -144,7 +151,7 @@ class Width:
             return self._take(generator, settings.take)
         structures = self._structures(network)
         table = self._table(generator, context)
-        scores = unit_scores(settings.importance, structures, generator, context, samples=settings.samples)
+        scores = self._scores(structures, generator, context)
         if settings.nested is not None:
             made = Nested(shares=settings.nested, kinds=settings.kinds, align=settings.align)
             return self._sort(generator, context, structures, scores, made)
@@ -186,7 +193,7 @@ class Width:
             with masked(structures, made.kept(network, share)):
                 errors[f"{share:g}"] = mean_error(network, calls) ** 0.5
         moved = ", ".join(f"{error:.1%} at {float(share):.0%}" for share, error in errors.items())
-        summary = f"sorted by {self.config.importance} for {len(errors)} widths: the denoiser's output moves by {moved}"
+        summary = f"sorted by {self.config.criterion} for {len(errors)} widths: the denoiser's output moves by {moved}"
         facts = {"nested": dataclasses.asdict(made), "order": order, "output_errors": errors}
         return Applied(generator, {"kept": {}} | facts, summary)
 
@@ -212,6 +219,13 @@ class Width:
         if not structures:
             raise ConfigError(f"{type(network).__name__} has no {' or '.join(self.config.kinds)} that can be narrowed")
         return structures
+
+    def _scores(self, structures: Mapping[str, Structure], generator: Generator, context: Context) -> dict[str, Tensor]:
+        """What is lost with each unit."""
+        kind, samples = self.config.criterion, self.config.samples
+        if kind == "surgeon":
+            return surgeon_scores(structures, generator, context, samples=samples, ridge=self.config.ridge)
+        return unit_scores(kind, structures, generator, context, samples=samples)
 
     def _table(self, generator: Generator, context: Context) -> Mapping[str, float] | None:
         """Latencies by submodule, where they are the budget."""

@@ -89,7 +89,7 @@ def test_cheapest_counts_are_those_of_brute_force(dit):
         assert chosen in fits
 
 
-@pytest.mark.parametrize("importance", ["hessian", "taylor", "magnitude", "random"])
+@pytest.mark.parametrize("importance", ["surgeon", "hessian", "taylor", "magnitude", "random"])
 def test_all_kept_is_the_same_network(dit, context, importance):
     before = {name: value.clone() for name, value in dit.denoiser.state_dict().items()}
     applied = narrow(dit, context(dit), keep=1.0, importance=importance)
@@ -228,8 +228,8 @@ def test_flux(context, plan):
     torch.manual_seed(0)
     flux = Generator(make_flux())
     given = replace(context(flux, count=2), plan=replace(plan, height=16, width=16))
-    for importance in ("hessian", "taylor"):
-        applied = narrow(flux, given, keep=0.75 if importance == "hessian" else 0.5, importance=importance)
+    for importance in ("surgeon", "taylor"):
+        applied = narrow(flux, given, keep=0.75 if importance == "surgeon" else 0.5, importance=importance)
         assert "transformer_blocks.0.ff_context" in applied.metadata["kept"]
     assert flux.sample(given.conditions, seeds=given.seeds, plan=given.plan).images.std() > 0
 
