@@ -108,10 +108,10 @@ def output_curvatures(layers: Mapping[str, Any], found: Iterable[Objective]) -> 
         with torch.enable_grad(), moved(layers) as made:
             value = objective()
             flat = [(name, zeros) for name, given in made.items() for zeros in given]
-            gradients = torch.autograd.grad(value, [zeros for _, zeros in flat])
+            gradients = torch.autograd.grad(value, [zeros for _, zeros in flat], materialize_grads=True)
         for (name, _), gradient in zip(flat, gradients, strict=True):
             rows = gradient.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else gradient
-            rows = rows.reshape(-1, rows.shape[-1])
+            rows = rows.reshape(-1, rows.shape[-1]).float()
             totals[name] += (rows.T @ rows).double().cpu()
         seen += len(gradients[0])
     return {name: total / seen for name, total in totals.items()}
