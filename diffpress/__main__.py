@@ -25,6 +25,16 @@ class _Stopped(BaseException):
     """Ctrl-C; not a KeyboardInterrupt, which the command line library would swallow."""
 
 
+class _CtrlC:
+    """Handles the signal, and remembers it: a library stopped in the middle may come out with an error of its own."""
+
+    pressed = False
+
+    def __call__(self, number: int, frame: Any) -> NoReturn:
+        self.pressed = True
+        raise _Stopped
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:]
@@ -38,7 +48,8 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code. ``--debug`` and ``--quiet`` may stand anywhere in it."""
     debug = "--debug" in arguments
     flags = [argument for argument in arguments if argument in _GLOBAL]
-    before = signal.signal(signal.SIGINT, _stop)
+    ctrl_c = _CtrlC()
+    before = signal.signal(signal.SIGINT, ctrl_c)
     try:
         require_versions()
         from diffpress.compress import cli
@@ -49,7 +60,7 @@ def run(arguments: list[str]) -> int:
     except (Exception, _Stopped) as error:
         if debug:
             traceback.print_exc()
-        message, code = explain(error)
+        message, code = explain(_Stopped() if ctrl_c.pressed else error)
         sys.stderr.write(f"diffpress: {message}\n")
         return code
     finally:
@@ -102,10 +113,6 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{os.strerror(int(wrapped[1]))}: {error}", InfrastructureError.exit_code
     name = type(error).__name__
     return f"a bug of diffpress: {name}: {error}\nRun it again with --debug and report the traceback.", _BUG
-
-
-def _stop(number: int, frame: Any) -> NoReturn:
-    raise _Stopped
 
 
 if __name__ == "__main__":

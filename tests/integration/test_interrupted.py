@@ -52,7 +52,7 @@ def test_ctrl_c_then_a_full_disk_lose_nothing(dit_folder: Path, tmp_path: Path) 
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert errors.splitlines()[-1] == "diffpress: stopped; run the same command again to go on"
     assert "Traceback" not in errors
 

@@ -146,6 +146,6 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     time.sleep(8)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "run the same command again" in errors
     assert "Traceback" not in errors

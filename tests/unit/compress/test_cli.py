@@ -165,8 +165,15 @@ from diffpress.__main__ import run
 from diffpress.compress import cli
 
 def main(arguments, prog_name):
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(5)
+    try:
+        if PRESSED:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    except BaseException:
+        if not CONVERTS:
+            raise
+    if CONVERTS:
+        raise RuntimeError("returned a result with an exception set")
 
 before = signal.getsignal(signal.SIGINT)
 cli.command = lambda: SimpleNamespace(main=main)
@@ -176,11 +183,20 @@ raise SystemExit(code)
 """
 
 
-def test_ctrl_c_says_how_to_go_on():
+@pytest.mark.parametrize(
+    ("pressed", "converts", "code", "text"),
+    [
+        (True, False, 130, "run the same command again to go on"),
+        (True, True, 130, "run the same command again to go on"),  # by a library that it stopped in the middle
+        (False, True, 70, "a bug of diffpress: RuntimeError"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(pressed, converts, code, text):
     """In a process of its own: the signal would reach the one that runs the tests."""
-    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 130, done.stderr
-    assert "run the same command again to go on" in done.stderr
+    script = f"PRESSED, CONVERTS = {pressed}, {converts}{STOPPED}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr
     assert done.stdout.strip() == "True"
 
 
