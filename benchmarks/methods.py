@@ -45,6 +45,7 @@ def weights(**settings: object) -> dict:
 
 SMOOTH = {"quantize.smooth": {"alpha": 0.5}}
 SEARCH = {"quantize.smooth": {"alpha": "search"}}
+ONLINE = {"quantize.smooth": {"alpha": "search", "online": 0.1}}
 SMOOTHED = "the recipe's quantize.smooth, if it has one"
 REPARAM: dict = {"quantize.reparam": {}}
 WHOLE = {"observer": "mse", "split_skips": False}  # convolutions read a skip concatenation as one tensor
@@ -56,6 +57,8 @@ QUANTIZE: dict[str, list[dict | str]] = {
     "+ alpha searched": [SEARCH, int8(**WHOLE)],
     "+ skips split": [SMOOTHED, int8(observer="mse")],
     "+ GPTQ": [SMOOTHED, int8(observer="mse", rounding="gptq")],
+    "alpha searched, + GPTQ": [SEARCH, int8(observer="mse", rounding="gptq")],
+    "alpha searched, at run time too, + GPTQ": [ONLINE, int8(observer="mse", rounding="gptq")],
     "+ AdaRound": [SMOOTHED, int8(observer="mse", rounding="adaround")],
     "+ AdaRound by blocks": [SMOOTHED, int8(observer="mse", rounding="adaround", adaround={"reconstruct": "block"})],
     "+ bias correction": [SMOOTHED, int8(**GPTQ)],

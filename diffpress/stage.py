@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -41,6 +41,11 @@ class Context:
             raise ConfigError("a stage that trains needs a folder for its checkpoints: give Context(work=...)")
         self.work.mkdir(parents=True, exist_ok=True)
         return self.work
+
+    def halves(self) -> list[Context]:
+        """Every other condition and the rest, to judge on one what was fitted to the other; one alone stays whole."""
+        parts = [slice(start, None, 2) for start in range(min(2, len(self.conditions)))]
+        return [replace(self, conditions=self.conditions[part], seeds=self.seeds[part]) for part in parts]
 
     def run(self, generator: Generator, label: str) -> None:
         """Sample every condition over the whole schedule, both branches; hooks see the calls, nothing is kept."""

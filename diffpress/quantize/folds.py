@@ -46,8 +46,8 @@ class Fold:
         return int(self.consumers[0].weight.shape[1])
 
     def weight(self) -> Tensor:
-        """The weights of the consumers (Linear or 1x1 Conv2d) below each other, float32 [sum of outputs, channels]."""
-        return torch.cat([consumer.weight.detach().float().flatten(1) for consumer in self.consumers])
+        """The weights of the consumers below each other, float32 [sum of outputs, channels, kernel positions]."""
+        return torch.cat([consumer.weight.detach().float().unsqueeze(-1).flatten(2) for consumer in self.consumers])
 
 
 def divide_affine(norm: Any, r: Tensor) -> None:

@@ -20,6 +20,7 @@ from diffpress.quantize.choice import Decision, Kind, Precision
 from diffpress.quantize.modules import Activation, QuantizedLayer, keep_float, quantized
 from diffpress.quantize.moments import shared_inputs
 from diffpress.quantize.observers import Observer
+from diffpress.quantize.online import matches
 from diffpress.quantize.sensitivity import output_error
 from diffpress.quantize.split import find_splits, split
 from diffpress.quantize.twins import make_twins, static_activations
@@ -129,7 +130,7 @@ class Int8:
         return {
             name: module
             for name, module in denoiser.named_modules()
-            if isinstance(module, wanted) and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+            if isinstance(module, wanted) and not matches(name, patterns)
         }
 
     def _convolutions(self, target: Target) -> bool:

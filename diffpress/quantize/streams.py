@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -74,8 +74,8 @@ def as_rows(x: Tensor, channels: int) -> Tensor:
 
 
 def observe_folds(
-    folds: list[Fold],
-    accumulators: Mapping[str, tuple[Accumulator, ...]],
+    folds: Sequence[Fold],
+    accumulators: Mapping[str, Sequence[Accumulator]],
     generator: Generator,
     context: Context,
     label: str,

@@ -20,6 +20,7 @@ from diffpress.quantize.calibrate import same_function
 from diffpress.quantize.folds import find_folds
 from diffpress.quantize.modules import QuantizedLayer, kept_float
 from diffpress.quantize.moments import collect_moments, shared_inputs
+from diffpress.quantize.online import matches
 from diffpress.quantize.rounding import gptq_codes
 from diffpress.quantize.streams import Rows
 from diffpress.quantize.weight_only import (
@@ -93,8 +94,8 @@ class Weights:
             name: module
             for name, module in component.named_modules()
             if isinstance(module, nn.Linear | nn.Embedding)
-            and _matches(name, wanted)
-            and not _matches(name, unwanted)
+            and matches(name, wanted)
+            and not matches(name, unwanted)
             and (self.config.layers is not None or not kept_float(module))
         }
 
@@ -227,10 +228,6 @@ def _grams(
             for name in names:
                 yield name, moments[leaders[name]].gram(centered=False)
                 advance(1)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def replace(component: nn.Module, layer: nn.Module, twin: nn.Module) -> None:

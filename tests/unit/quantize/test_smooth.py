@@ -53,21 +53,47 @@ def test_simulated_error_is_the_error_of_the_8_bit_layer(target):
 @pytest.mark.parametrize("seed", range(12))
 def test_searched_alpha_is_never_worse_than_half_or_none(seed):
     x, weight = rows_and_weight(seed, spread=seed / 6)
-    alpha, errors = search_alpha(x, weight, x.abs().amax(dim=0), TARGETS["onnxruntime"])
+    alpha, errors = search_alpha([(x, x.abs().amax(dim=0))], weight, TARGETS["onnxruntime"])
     assert errors.keys() == {None, *ALPHAS}
     assert errors[alpha] == min(errors.values()) <= min(errors[0.5], errors[None])
 
 
 def test_search_gains_and_knows_when_not_to_smooth():
     x, weight = rows_and_weight(3, spread=1.5)
-    alpha, errors = search_alpha(x, weight, x.abs().amax(dim=0), TARGETS["onnxruntime"])
+    alpha, errors = search_alpha([(x, x.abs().amax(dim=0))], weight, TARGETS["onnxruntime"])
     assert errors[alpha] < 0.7 * errors[None]
     even = torch.rand(256, 24, generator=torch.Generator().manual_seed(0)) - 0.5
     spiked = torch.ones(40, 24) + torch.logspace(0, 2, 24) * torch.eye(
         40, 24
     )  # dividing by weights' peaks would only spoil them
-    alpha, errors = search_alpha(even, spiked, even.abs().amax(dim=0), TARGETS["onnxruntime"])
+    alpha, errors = search_alpha([(even, even.abs().amax(dim=0))], spiked, TARGETS["onnxruntime"])
     assert errors[alpha] <= errors[None] < errors[0.0]
+
+
+def test_peaks_that_do_not_come_again_gain_nothing():
+    """Each half has large values in channels of its own: what evens out the one clips the other."""
+    x, weight = rows_and_weight(0, spread=0.1)
+    halves = [x[:128].clone(), x[128:].clone()]
+    for number, half in enumerate(halves):
+        half[:, 4 * number : 4 * number + 4] *= 30
+    seen = [(half, half.abs().amax(dim=0)) for half in halves]
+    target = TARGETS["onnxruntime"]
+    alpha, of_halves = search_alpha(seen, weight, target)
+    joint = torch.cat(halves)
+    other, of_all = search_alpha([(joint, joint.abs().amax(dim=0))], weight, target)
+    assert of_halves[alpha] <= of_halves[None]
+    assert of_all[other] < 0.7 * of_all[None]  # control: judged on what it has seen, it looks like a gain
+    assert of_halves[other] > 3 * of_halves[None]
+    again, of_same = search_alpha([(joint, joint.abs().amax(dim=0))] * 2, weight, target)
+    assert (again, of_same) == (other, pytest.approx(of_all))
+
+
+def test_halves_of_a_calibration(dit, context):
+    given = context(dit, count=5)
+    first, second = given.halves()
+    assert [*first.conditions, *second.conditions] == [given.conditions[index] for index in (0, 2, 4, 1, 3)]
+    assert (first.seeds, second.seeds) == ([0, 2, 4], [1, 3])
+    assert context(dit, count=1).halves() == [context(dit, count=1)]
 
 
 def test_saliency_closed_form():
@@ -122,7 +148,10 @@ def test_planted_outliers_are_smoothed_away(family, settings, request, plant, co
 
 def test_metadata_names_the_alpha_of_each_fold(dit, context):
     names = {fold.name for fold in find_folds(dit.denoiser)}
-    assert Smooth(SmoothConfig(alpha=0.3)).apply(dit, context(dit)).metadata == {"alpha": dict.fromkeys(names, 0.3)}
+    assert Smooth(SmoothConfig(alpha=0.3)).apply(dit, context(dit)).metadata == {
+        "alpha": dict.fromkeys(names, 0.3),
+        "scaled": [],
+    }
     searched = Smooth(SmoothConfig()).apply(dit, context(dit)).metadata["alpha"]
     assert searched.keys() == names
     assert set(searched.values()) <= {None, *ALPHAS}
