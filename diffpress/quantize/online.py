@@ -1,6 +1,6 @@
 """Channel factors where no operation before a layer can take them: its input is multiplied at run time.
 
-W x = (W diag(r)) (x / r), as in a fold, but x / r is computed. OpenVINO takes the product into the quantizer behind it.
+W x = (W diag(r)) (x / r), as in a fold, but x / r is computed. OpenVINO does it in the operator that quantizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffpress.quantize.folds import Fold
 from diffpress.quantize.moments import shared_inputs
 from diffpress.stage import Context
 
-LAYER = "layer"
+LAYER = "layer"  # what `Scaled` calls what it holds
 
 
 class Scaled(nn.Module):
@@ -31,10 +31,10 @@ class Scaled(nn.Module):
         super().__init__()
         taps = [1] * (layer.weight.ndim - 2)
         self.register_buffer("factor", factor.to(layer.weight).reshape(-1, *taps))
-        self.add_module(LAYER, layer)
+        self.layer = layer
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        return self.get_submodule(LAYER)(x * self.factor)
+        return self.layer(x * self.factor)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

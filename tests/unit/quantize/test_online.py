@@ -7,6 +7,7 @@ from torch import nn
 
 from diffpress.artifact import load_weights, save_weights
 from diffpress.export.build import export
+from diffpress.export.graph import export_graph
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator
 from diffpress.quantize.folds import apply_fold, find_folds
@@ -162,6 +163,37 @@ def test_one_tensor_is_multiplied_and_quantized_once(sd, context, tmp_path):
     first = [node for node in graph.node if "encoder_hidden_states" in node.input and node.op_type != "Shape"]
     assert [node.op_type for node in first] == ["Mul"]
     assert [node.op_type for node in graph.node if first[0].output[0] in node.input] == ["QuantizeLinear"]
+
+
+class Behind(nn.Module):
+    """Softplus, then a layer, with the signature that `export_graph` expects."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *tensors):
+        return self.layer(nn.functional.softplus(tensors[0]))
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_openvino_has_no_operator_more(kind, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 32) if kind == "linear" else nn.Conv2d(16, 32, 3, padding=1)
+    x = torch.randn(2, 8, 16) if kind == "linear" else torch.randn(2, 16, 8, 8)
+    activation = Activation(OPENVINO)
+    activation.set_range(0.0, 4.0, OPENVINO)
+    twin, operators = quantized(layer, activation), {}
+    factor = torch.linspace(0.5, 2, 16)
+    for name, behind in {"one": twin, "two": Scaled(twin, factor), "more": nn.Sequential(nn.Softmax(1), twin)}.items():
+        file = tmp_path / f"{name}.onnx"
+        export_graph(Behind(behind).eval(), {"x": x}, ["y"], file, free={}, opset=20)
+        nodes = openvino.Core().compile_model(str(file), "CPU").get_runtime_model().get_ordered_ops()
+        kinds = [str(node.get_rt_info()["layerType"].astype(str)) for node in nodes]
+        operators[name] = sorted(found for found in kinds if found != "Const")
+    assert operators["two"] == operators["one"]
+    assert operators["more"] != operators["one"]  # control: another operator would be seen
 
 
 def test_a_convolution_is_tried_position_by_position():
