@@ -32,6 +32,7 @@ from diffpress.artifact import read_json, write_json
 from diffpress.compress.progress import RichProgress
 from diffpress.compress.recipe import shipped_recipes
 from diffpress.compress.report import Report
+from diffpress.errors import ConfigError
 from diffpress.eval.machine import describe_machine
 
 
@@ -263,8 +264,11 @@ def main() -> None:
         for variant in KINDS[args.kind]:
             wanted = any(word in variant for word in args.variants) and not any(word in variant for word in cannot)
             if wanted and variant not in data["variants"]:
-                report = measure(args.kind, variant, recipe, args, Path(folder))
-                data["variants"][variant] = figures(report)
+                try:
+                    data["variants"][variant] = figures(measure(args.kind, variant, recipe, args, Path(folder)))
+                except ConfigError as error:  # a budget that this model cannot meet
+                    data["refused"] = data.get("refused", {}) | {variant: str(error)}
+                    print(f"{variant}: {error}")
                 write_json(args.output, data)
 
 
