@@ -122,8 +122,9 @@ def test_a_second_time_wraps_nothing_twice(dit, context):
 
 def test_restored_to_the_bit(sd, sd_folder, context, first_call, tmp_path):
     given = context(sd, "openvino")
-    stages = [(Smooth(SmoothConfig(online=0.05)), None), (Int8(Int8Config()), None)]
-    stages = [(stage, stage.apply(sd, given).metadata) for stage, _ in stages]
+    stages = [
+        (stage, stage.apply(sd, given).metadata) for stage in (Smooth(SmoothConfig(online=0.05)), Int8(Int8Config()))
+    ]
     assert stages[0][1]["scaled"]
     expected, call = first_call(sd)
     save_weights(sd.denoiser, tmp_path / "denoiser.safetensors")
