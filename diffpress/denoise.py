@@ -65,11 +65,19 @@ def _inputs(network: nn.Module, see: Any) -> Iterator[None]:
 
 def first_inputs(generator: Generator, conditions: Sequence[Any], plan: SamplingPlan) -> dict[str, Any]:
     """What the network is given in the first call of a run, by name; the network itself does not run."""
-    caught: dict[str, Any] = {}
+    return _first_calls(generator, conditions, plan, 1)[0]
+
+
+def _first_calls(
+    generator: Generator, conditions: Sequence[Any], plan: SamplingPlan, count: int
+) -> list[dict[str, Any]]:
+    """What the network is given in the first ``count`` calls of a run that has as many; in the last it does not run."""
+    caught: list[dict[str, Any]] = []
 
     def see(inputs: dict[str, Any]) -> None:
-        caught.update(pytree.tree_map_only(Tensor, Tensor.clone, inputs))
-        raise _Caught
+        caught.append(pytree.tree_map_only(Tensor, Tensor.clone, inputs))
+        if len(caught) == count:
+            raise _Caught
 
     with torch.no_grad(), _inputs(generator.denoiser, see), suppress(_Caught):
         generator.draw(conditions, seeds=range(len(conditions)), plan=plan)
@@ -79,19 +87,25 @@ def first_inputs(generator: Generator, conditions: Sequence[Any], plan: Sampling
 def encode(
     generator: Generator, conditions: Sequence[Any], plan: SamplingPlan
 ) -> tuple[Conditioning, Conditioning | None]:
-    """Denoiser inputs of the conditional and the unconditional branch; None where guidance adds no batch.
+    """Denoiser inputs of the conditional and the unconditional branch; None where guidance adds no branch.
 
-    Families differ in which half of a guided batch is which: the half equal to an unguided run is conditional.
+    Families differ in whether both branches are halves of one batch or two calls, and in their order: the one equal to
+    an unguided run is conditional. Two calls may be given texts of different lengths.
     """
     size, strong = len(conditions), max(plan.guidance_scale, 2.0)
     plain = first_inputs(generator, conditions, replace(plan, guidance_scale=1.0))
-    guided = first_inputs(generator, conditions, replace(plan, guidance_scale=strong))
     alone = _conditioning(plain, size)
-    state = next(iter(plain))
-    if len(guided[state]) != 2 * len(plain[state]):
-        return alone, None
-    halves = [_conditioning(_half(guided, len(plain[state]), first), size) for first in (True, False)]
-    return alone, halves[1] if _equal(halves[0].tensors, alone.tensors) else halves[0]
+    guided = replace(plan, guidance_scale=strong, steps=max(2, plan.steps))
+    first, second = _first_calls(generator, conditions, guided, 2)
+    state, time = _names(generator.denoiser)
+    if len(first[state]) == 2 * len(plain[state]):
+        branches = [_conditioning(_half(first, len(plain[state]), half), size) for half in (True, False)]
+    else:
+        branches = [_conditioning(inputs, size) for inputs in (first, second)]
+        same_time = torch.equal(torch.as_tensor(first[time]), torch.as_tensor(second[time]))
+        if not same_time or _equal(branches[0].tensors, branches[1].tensors):
+            return alone, None
+    return alone, branches[1] if _equal(branches[0].tensors, alone.tensors) else branches[0]
 
 
 def _conditioning(inputs: dict[str, Any], size: int) -> Conditioning:
@@ -107,8 +121,10 @@ def _half(value: Any, size: int, first: bool) -> Any:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    pairs = zip(pytree.tree_leaves(left), pytree.tree_leaves(right), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+    (leaves, tree), (others, other_tree) = pytree.tree_flatten(left), pytree.tree_flatten(right)
+    if tree != other_tree:
+        return False
+    return all(torch.equal(a, b) for a, b in zip(leaves, others, strict=True) if isinstance(a, Tensor))
 
 
 def denoise(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -165,14 +181,17 @@ def trajectory(
     states: list[Tensor] = []
     times: list[Tensor] = []
     state, time = _names(generator.denoiser)
-    step = scheduler.step
+    step, taken = scheduler.step, 0
 
     def see(inputs: dict[str, Any]) -> None:
+        if len(times) > taken:
+            return  # the other guidance branch
         states.append(inputs[state][:count].float())  # guidance doubles the batch; both halves hold the same state
         times.append(torch.as_tensor(inputs[time]).flatten()[0])
 
     def stepping(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
+        nonlocal taken
+        result, taken = step(*args, **kwargs), taken + 1
         if len(times) == len(scheduler.timesteps):
             final = result[0] if isinstance(result, tuple) else result.prev_sample
             states.append(final[:count].float())

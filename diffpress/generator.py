@@ -79,6 +79,7 @@ class Generator:
         """Narrower networks that the denoiser's weights hold as prefixes; None: it is one network."""
         self._arguments = inspect.signature(type(pipeline).__call__).parameters
         self.conditioning_kind  # noqa: B018 - an unknown family is refused here
+        _refuse_lists(self.denoiser)
         pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -354,6 +355,16 @@ def argument_names(network: nn.Module) -> list[str]:
         network = getattr(network, wrapper, network)  # type: ignore[assignment]
     known: Any = getattr(network, "argument_names", None)
     return list(known or inspect.signature(network.forward).parameters)
+
+
+def _refuse_lists(network: nn.Module) -> None:
+    """Raises CheckpointError for a network that wants a list of pictures, as ZImage's does."""
+    first = next(iter(inspect.signature(network.forward).parameters.values()))
+    if str(first.annotation).startswith("list"):
+        raise CheckpointError(
+            f"{type(network).__name__} takes {first.name} as {first.annotation}; "
+            "allowed: networks that take one tensor for all pictures of a batch"
+        )
 
 
 def has_tensor(value: Any) -> bool:

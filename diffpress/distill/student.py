@@ -105,6 +105,11 @@ class Conditions:
             inputs = first_inputs(generator, list(place), dataclasses.replace(plan, scheduler=None))
             tensors = {name: inputs[name] for name in conditional.tensors}
             conditional = dataclasses.replace(conditional, tensors=tensors)
+        if unconditional is not None and _shapes(unconditional) != _shapes(conditional):
+            raise ConfigError(
+                f"{type(generator.pipeline).__name__} gives its two guidance branches texts of different lengths "
+                f"({_shapes(conditional)} and {_shapes(unconditional)}); allowed: a pipeline that pads them to one"
+            )
         index = torch.tensor([place[condition] for condition in pairs.conditions])
         return cls(list(place), index, conditional, unconditional)
 
@@ -121,6 +126,10 @@ class Conditions:
 
         other = self.unconditional.rows(self.index[rows])
         return dataclasses.replace(given, tensors=pytree.tree_map(pick, given.tensors, other.tensors))
+
+
+def _shapes(conditioning: Conditioning) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(conditioning.tensors) if isinstance(leaf, Tensor)]
 
 
 def schedule_of(generator: Generator, pairs: Pairs) -> Schedule:

@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffpress.errors import ConfigError, MissingDependencyError
-from diffpress.export.components import Component, Flat, find_components, flatten_inputs, plain_attention
+from diffpress.export.components import (
+    Component,
+    Flat,
+    find_components,
+    flatten_inputs,
+    plain_attention,
+    with_masks,
+)
 from diffpress.export.cut import export_pieces
 from diffpress.export.fold import TIMESTEP
 from diffpress.export.graph import export_graph
@@ -35,8 +43,9 @@ from diffpress.generator import Generator, SamplingPlan, argument_names
 from diffpress.progress import SILENT, Progress
 from diffpress.targets import find_target
 
-MANIFEST = "diffpress.json"
+MANIFEST, BUFFERS = "diffpress.json", "buffers.safetensors"
 PARITY_CALLS = 8
+LONGEST_TEXT = 1024  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,12 +195,21 @@ def export_part(
         files = {path: {name: tuple(tensor.shape) for name, tensor in inputs.items()}}
         with plain_attention(module):
             export_graph(Flat(module, part).eval(), inputs, list(part.outputs), path, free=part.free, **given)
+    if part.role == "decoder":
+        _save_buffers(module, path.with_name(BUFFERS))
     known = module.config if isinstance(module.config, dict) else module.config.to_dict()
     known = {name: value for name, value in known.items() if name != "_name_or_path"}  # where the checkpoint lay
     (path.parent / "config.json").write_text(json.dumps(known, indent=2, sort_keys=True, default=str) + "\n")
     if settings.target == "tensorrt":
         for file, shapes in files.items():
             _build_tensorrt(file, shapes, part, folder, settings)
+
+
+def _save_buffers(module: nn.Module, path: Path) -> None:
+    """Statistics that pipelines read off an autoencoder themselves, where it has any."""
+    buffers = {name: buffer.contiguous() for name, buffer in module.named_buffers()}
+    if buffers:
+        save_file(buffers, path)
 
 
 def _build_tensorrt(
@@ -211,11 +229,16 @@ def _build_tensorrt(
 
 
 def _profile(shape: tuple[int, ...], free: dict[int, str]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Least, usual and greatest shape: free axes go from 1 (batch) or half (size) to four times the recorded."""
-    least = tuple(
-        {"batch": 1, "size": max(1, size // 2)}.get(free.get(axis, ""), size) for axis, size in enumerate(shape)
+    """Least, usual and greatest shape.
+
+    Free axes go from 1 (batch, text) or half (size) to four times the recorded; of text to `LONGEST_TEXT` at least.
+    """
+    kinds = [free.get(axis, "") for axis in range(len(shape))]
+    least = tuple({"": size, "size": max(1, size // 2)}.get(kind, 1) for kind, size in zip(kinds, shape, strict=True))
+    most = tuple(
+        {"": size, "text": max(4 * size, LONGEST_TEXT)}.get(kind, 4 * size)
+        for kind, size in zip(kinds, shape, strict=True)
     )
-    most = tuple(4 * size if axis in free else size for axis, size in enumerate(shape))
     return least, shape, most
 
 
@@ -240,6 +263,7 @@ def _write_pipeline(
         "export": dataclasses.asdict(settings),
         "denoiser": generator.denoiser_name,
         "parameters": argument_names(generator.denoiser),
+        "attributes": _plain_attributes(generator.denoiser),
         "parts": [{"role": part.role, "folder": part.folder, "attribute": part.attribute} for part in parts],
         "largest_code": largest_code(generator.denoiser),
         "plan": dataclasses.asdict(plan),
@@ -248,6 +272,12 @@ def _write_pipeline(
         "cache": None if generator.cache is None else dataclasses.asdict(generator.cache),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def _plain_attributes(network: nn.Module) -> dict[str, Any]:
+    """Numbers and names that pipelines read off a network itself, such as its channels or heads."""
+    kept = {name: value for name, value in vars(network).items() if not name.startswith("_") and name != "training"}
+    return {name: value for name, value in kept.items() if isinstance(value, bool | int | float | str)}
 
 
 def _copy_vocabulary(generator: Generator, name: str, folder: Path) -> None:
@@ -273,7 +303,9 @@ def _prove(
     )
     check_compute(part.folder, session, settings.compute)
     wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
-    pairs = [(part.flat_inputs(), part.outputs), *(calls if part.role == "denoiser" else [])]
+    first = part.flat_inputs()
+    pairs = [(first, part.outputs), *(calls if part.role == "denoiser" else [])]
+    pairs = [(with_masks(inputs, first), outputs) for inputs, outputs in pairs]
     module = getattr(generator.pipeline, part.attribute)
     tolerance = tolerance_of(module, settings.compute)
     noise = partial(moved_by_rounding, Flat(module, part).eval(), compute=settings.compute)

@@ -1,30 +1,38 @@
 """The parts of a pipeline that become engines, found by watching one real run.
 
 A part is a torch module, one of its methods, and the tensors that went in and out, by name. Running the pipeline once
-with one picture and once with two tells which axes are the batch; a run at another size tells which follow the size,
-and what an engine of any size has to give there.
+with one picture and once with two tells which axes are the batch; other prompts tell which follow the number of their
+tokens (in families that do not pad to a fixed length); a run at another size tells which follow the size, and what an
+engine of any size has to give there.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from diffpress.checkpoint import first_lines
+from diffpress.denoise import first_inputs
 from diffpress.errors import EngineError
 from diffpress.generator import Generator, SamplingPlan, patched
 
 Role = Literal["denoiser", "decoder", "encoder", "text"]
-Free = dict[str, dict[int, str]]  # input name -> axis -> what it follows ("batch", "size")
+Free = dict[str, dict[int, str]]  # input name -> axis -> what it follows ("text", "batch", "size")
 FlatCall = tuple[dict[str, Tensor], dict[str, Tensor]]  # inputs and outputs by name
+TIMES = 8  # that a prompt is repeated to be longer, also where lengths are padded to a multiple
+LEAST_EPSILON = 2e-8  # onnxscript removes a sum with less than 1e-8
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 COARSEST = 64  # pixels that a stock network halves and patches into one: 8 in the autoencoder, 8 in the denoiser
 
 
@@ -77,9 +85,24 @@ def flatten_outputs(role: Role, output: Any) -> dict[str, Tensor]:
                 named[key] = value
         return named
     if role == "encoder":
+        if hasattr(output, "latent"):  # of an autoencoder that is not variational
+            return {"latent": output.latent}
         return {"latent_parameters": output.latent_dist.parameters}
     tensor = output[0] if isinstance(output, tuple) else output.sample
     return {"out_sample" if role == "denoiser" else "sample": tensor}
+
+
+def with_masks(given: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """``given`` in the order of ``wanted``, and of these the masks that are not in it: ones, so that everything counts.
+
+    ``x_mask`` is that of ``x`` [batch, tokens, ...]. Pipelines leave it out where no prompt is shorter than another.
+    """
+    full = dict(given)
+    for name in wanted:
+        base = given.get(name.removesuffix("_mask"))
+        if name not in given and base is not None:
+            full[name] = base.new_ones(base.shape[:2])
+    return {name: full[name] for name in (*wanted, *given) if name in full}
 
 
 def _named(role: Role, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -90,14 +113,16 @@ def _named(role: Role, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"latent_sample": first[1], **dict(others)}
 
 
-def _spy(module: Any, method: str, seen: list[tuple[dict[str, Any], Any]]) -> AbstractContextManager[None]:
-    """Record (arguments by name, output) of the first call of module.method inside the block."""
+def _spy(
+    module: Any, method: str, seen: list[tuple[dict[str, Any], Any]], *, every: bool = False
+) -> AbstractContextManager[None]:
+    """Record (arguments by name, output) of the first, or every, call of module.method inside the block."""
     original = getattr(module, method)
     signature = inspect.signature(original)
 
     def spying(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        if not seen:
+        if every or not seen:
             bound = dict(signature.bind(*args, **kwargs).arguments)
             for name, parameter in signature.parameters.items():
                 if parameter.kind is parameter.VAR_KEYWORD:
@@ -129,18 +154,48 @@ def _parts(generator: Generator) -> list[_Part]:
     return parts
 
 
-def _watch_once(
-    generator: Generator, parts: list[_Part], conditions: Sequence[Any], plan: SamplingPlan
-) -> dict[str, tuple]:
+@contextmanager
+def _spied(generator: Generator, parts: Iterable[_Part], *, every: bool = False) -> Iterator[dict[str, list]]:
+    """What `_spy` records of each part inside the block, by folder."""
     seen: dict[str, list] = {part.folder: [] for part in parts}
     with torch.no_grad(), ExitStack() as stack:
         for part in parts:
-            stack.enter_context(_spy(getattr(generator.pipeline, part.attribute), part.method, seen[part.folder]))
-        generator.sample(conditions, seeds=range(len(conditions)), plan=plan, batch_size=len(conditions))
+            module = getattr(generator.pipeline, part.attribute)
+            stack.enter_context(_spy(module, part.method, seen[part.folder], every=every))
+        yield seen
+
+
+def _watch_once(
+    generator: Generator, parts: list[_Part], conditions: Sequence[Any], plan: SamplingPlan
+) -> dict[str, tuple]:
+    with _spied(generator, parts) as seen:
+        try:
+            generator.sample(conditions, seeds=range(len(conditions)), plan=plan, batch_size=len(conditions))
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"{type(generator.pipeline).__name__} cannot draw {len(conditions)} pictures of "
+                f"{plan.height or 'default'} x {plan.width or 'default'} pixels: {first_lines(error)}"
+            ) from error
     missing = [name for name, calls in seen.items() if not calls]
     if missing:
         raise EngineError(f"{', '.join(missing)}: not called in a sampling run, so there is nothing to export from")
     return {name: calls[0] for name, calls in seen.items()}
+
+
+def _watch_inputs(
+    generator: Generator, parts: list[_Part], conditions: Sequence[Any], plan: SamplingPlan
+) -> list[dict[str, tuple]]:
+    """The same of what comes before the denoiser, and its inputs; it does not run itself.
+
+    Twice: with the first call of each text encoder, and with its last, for some give a negative prompt other lengths.
+    """
+    with _spied(generator, [part for part in parts if part.role == "text"], every=True) as seen:
+        inputs = {generator.denoiser_name: (first_inputs(generator, conditions, plan), None)}
+    return [{name: calls[which] for name, calls in seen.items()} | inputs for which in (0, -1)]
+
+
+def _repeated(conditions: Sequence[str], times: int) -> list[str]:
+    return [", ".join([condition] * times) for condition in conditions]
 
 
 def find_components(
@@ -151,15 +206,22 @@ def find_components(
     Raises EngineError when a part is never called, or the generator has a fixed size but ``any_size`` is asked for.
     """
     parts, short = _parts(generator), replace(plan, steps=min(plan.steps, 2))
-    pool = [conditions[index % len(conditions)] for index in range(max(2, batch or 2))]
-    main = _watch_once(generator, parts, pool[: batch or 2], short)
-    others: dict[str, dict[str, tuple]] = {}
+    count = batch or 2
+    pool = [conditions[index % len(conditions)] for index in range(count)]
+    others: list[tuple[str, dict[str, tuple]]] = []  # what explains an axis that differs is the first of them
+    text = generator.conditioning_kind == "text"
+    if text:
+        pool = [*pool[:1], *_repeated(pool[1:], 2)]  # of several lengths, so that masks are there
+    main = _watch_once(generator, parts, pool, short)
+    if text:
+        others += [("text", run) for run in _watch_inputs(generator, parts, _repeated(pool, TIMES), short)]
     if batch is None:
-        others["batch"] = _watch_once(generator, parts, pool[:1], short)
+        others.append(("batch", _watch_once(generator, parts, pool[:1], short)))
     if any_size:
-        others["size"] = _watch_once(generator, parts, pool[: batch or 2], _another_size(generator, short))
+        others.append(("size", _watch_once(generator, parts, pool, _another_size(generator, short))))
     found = [
-        _component(part, main[part.folder], {key: run[part.folder] for key, run in others.items()}) for part in parts
+        _component(part, main[part.folder], [(what, run[part.folder]) for what, run in others if part.folder in run])
+        for part in parts
     ]
     decoder = next((component for component in found if component.role == "decoder"), None)
     if decoder is not None and hasattr(generator.pipeline.vae, "encode"):
@@ -177,7 +239,7 @@ def _another_size(generator: Generator, plan: SamplingPlan) -> SamplingPlan:
     return replace(plan, height=height + step, width=width + 2 * step)
 
 
-def _component(part: _Part, main: tuple, others: dict[str, tuple]) -> Component:
+def _component(part: _Part, main: tuple, others: list[tuple[str, tuple]]) -> Component:
     arguments, output = _named(part.role, main[0]), main[1]
     inputs = {
         name: value
@@ -192,12 +254,12 @@ def _component(part: _Part, main: tuple, others: dict[str, tuple]) -> Component:
     flat, outputs = flatten_inputs(inputs), flatten_outputs(part.role, output)
     free: Free = {name: {} for name in flat}
     resized = None
-    for what, (other_arguments, other_output) in others.items():
+    for what, (other_arguments, other_output) in others:
         named = _named(part.role, other_arguments)
-        other = flatten_inputs({key: named[key] for key in inputs})
+        other = with_masks(flatten_inputs({key: named[key] for key in inputs if named.get(key) is not None}), flat)
         differ = {name: [a for a, n in enumerate(other[name].shape) if n != flat[name].shape[a]] for name in flat}
         for name, axes in differ.items():
-            free[name] |= dict.fromkeys(axes, what)
+            free[name] = dict.fromkeys(axes, what) | free[name]
         if what == "size" and any(differ.values()):
             resized = other, flatten_outputs(part.role, other_output)
     return Component(part.role, part.folder, part.attribute, part.method, inputs, constants, outputs, free, resized)
@@ -231,6 +293,15 @@ def plain_attention(module: nn.Module) -> Iterator[None]:
         module.set_attn_implementation(before)
 
 
+class _VisibleEpsilons(TorchFunctionMode):
+    """Adds `LEAST_EPSILON` where a network adds less, which the exporter takes for zero: Sana divides by x + 1e-15."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _SUMS and len(args) == 2 and isinstance(args[1], float) and 0 < args[1] < LEAST_EPSILON:
+            args = (args[0], LEAST_EPSILON)
+        return func(*args, **(kwargs or {}))
+
+
 class Flat(nn.Module):
     """A component as a function of flat tensors to a tuple of tensors: what the exporter traces."""
 
@@ -245,23 +316,25 @@ class Flat(nn.Module):
         self.positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.names = [*component.inputs]
-        self.batch_axes = [
-            (index, axis)
-            for index, axes in enumerate(component.free.values())
-            for axis, what in axes.items()
-            if what == "batch"
-        ]
+        self.equal: defaultdict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        """Axes of one length, as (input, axis)."""
+        for index, (name, tensor) in enumerate(component.flat_inputs().items()):
+            for axis, what in component.free[name].items():
+                if what != "size":
+                    self.equal[what, tensor.shape[axis]].append((index, axis))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        sizes = [tensors[index].shape[axis] for index, axis in self.batch_axes]
-        for size in sizes[1:]:
-            torch._check(size == sizes[0])  # the exporter takes free axes of two inputs for independent
+        for axes in self.equal.values():
+            first, *others = (tensors[index].shape[axis] for index, axis in axes)
+            for size in others:
+                torch._check(size == first)  # the exporter takes free axes of two inputs for independent
         leaves = list(self.rest)
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
         arguments = pytree.tree_unflatten(leaves, self.tree)
-        if self.role in ("decoder", "encoder"):  # their tensor argument is z in one class, x in another
-            output = self.call(next(iter(arguments.values())), **self.constants)
-        else:
-            output = self.call(**arguments, **self.constants)
+        with _VisibleEpsilons():
+            if self.role in ("decoder", "encoder"):  # their tensor argument is z in one class, x in another
+                output = self.call(next(iter(arguments.values())), **self.constants)
+            else:
+                output = self.call(**arguments, **self.constants)
         return *flatten_outputs(self.role, output).values(), *self.caught.values()

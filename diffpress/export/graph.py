@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,18 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from diffpress.checkpoint import first_lines
 from diffpress.errors import EngineError
 from diffpress.export.components import Free
 from diffpress.export.fold import fold_timesteps
 from diffpress.export.passes import contrib_attention, drop_void_squeezes, fuse_products, pack_int4
 from diffpress.export.scopes import node_name, submodules
 
+_ALLOWED = {
+    "batch": "a number as export.batch",
+    "size": "export.size static",
+    "text": "prompts of one length, which no setting ensures",
+}
 EXTERNAL_FROM = 1 << 30  # bytes of weights from which they go to a file of their own; protobuf ends at 2 GiB
 
 
@@ -54,7 +61,7 @@ def export_graph(
                 opset_version=opset,
             )
         except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
-            raise EngineError(f"{path.parent.name}: torch.onnx cannot export it: {error}") from error
+            raise EngineError(f"{path.parent.name}: torch.onnx cannot export it: {_cause(error, free)}") from error
     assert program is not None
     model = program.model
     if for_onnxruntime_cpu:
@@ -66,6 +73,20 @@ def export_graph(
     clean(model)
     _name_axes(model, free)
     save_graph(model, path)
+
+
+def _cause(error: Exception, free: Free) -> str:
+    """What torch.export says went wrong, without its advice to those who wrote the module."""
+    while isinstance(error, torch.onnx.errors.OnnxExporterError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    pattern = r"static shape of \d+ for dimension inputs\['tensors'\]\[(\d+)\]\.shape\[(\d+)\]"
+    fixed = re.findall(pattern, str(error))
+    if not fixed:
+        return f"{type(error).__name__}: {first_lines(error)}"
+    axes = list(free.values())
+    kinds = {axes[int(index)].get(int(axis), "") for index, axis in fixed}
+    allowed = [_ALLOWED[kind] for kind in _ALLOWED if kind in kinds]
+    return f"it computes with a fixed {' and '.join(sorted(kinds))}; allowed for this model: {' and '.join(allowed)}"
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -99,7 +120,7 @@ def _name_axes(model: ir.Model, free: Free) -> None:
         if axes and value.shape is not None:
             value.shape = ir.Shape(
                 [
-                    f"{axes[axis]}_{axis}" if axes.get(axis) == "size" else axes.get(axis, size)
+                    f"size_{axis}" if axes.get(axis) == "size" else axes.get(axis, size)
                     for axis, size in enumerate(value.shape)
                 ]
             )

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from safetensors.torch import load_file
 
 from diffpress.caching import CachePolicy, read_policy
 from diffpress.errors import ArtifactError
-from diffpress.export.build import MANIFEST
+from diffpress.export.build import BUFFERS, MANIFEST
 from diffpress.export.cut import PIECES, WHOLE, piece_path
 from diffpress.export.modules import CachedEngineDenoiser, EngineAutoencoder, EngineDenoiser, EngineTextEncoder
 from diffpress.export.session import open_session
@@ -56,7 +57,7 @@ def load(
             for piece in pieces
         }
         parts[part["folder"]] = sessions, _read(root / part["folder"] / "config.json"), part
-    components = _engines(parts, manifest, policy)
+    components = _engines(root, parts, manifest, policy)
     for name, value in index.items():
         if isinstance(value, list) and name not in components and value[0] is not None:
             components[name] = _stock(root / name, *value)
@@ -120,7 +121,7 @@ def _policy(manifest: dict[str, Any]) -> CachePolicy | None:
         raise ArtifactError(f"{MANIFEST}: cache is not a policy: {error}") from error
 
 
-def _engines(parts: dict[str, Any], manifest: dict[str, Any], policy: CachePolicy | None) -> dict[str, Any]:
+def _engines(root: Path, parts: dict[str, Any], manifest: dict[str, Any], policy: CachePolicy | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for sessions, settings, part in parts.values():
         if part["role"] == "denoiser":
@@ -130,6 +131,8 @@ def _engines(parts: dict[str, Any], manifest: dict[str, Any], policy: CachePolic
                 if policy is None
                 else CachedEngineDenoiser(sessions, settings, names, policy)
             )
+            for name, value in manifest.get("attributes", {}).items():
+                setattr(denoiser, name, value)
             told = manifest.get("timesteps")
             denoiser.timesteps = None if told is None else tuple(told)
             found[part["attribute"]] = denoiser
@@ -137,7 +140,11 @@ def _engines(parts: dict[str, Any], manifest: dict[str, Any], policy: CachePolic
             found[part["attribute"]] = EngineTextEncoder(sessions[WHOLE], settings)
         elif part["role"] == "decoder":
             encoder = parts.get("vae_encoder")
-            found[part["attribute"]] = EngineAutoencoder(sessions[WHOLE], encoder and encoder[0][WHOLE], settings)
+            file = root / part["folder"] / BUFFERS
+            buffers = load_file(file) if file.is_file() else {}
+            found[part["attribute"]] = EngineAutoencoder(
+                sessions[WHOLE], encoder and encoder[0][WHOLE], settings, buffers
+            )
     return found
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from diffpress.caching import CachePolicy, Caches
 from diffpress.errors import EngineError
-from diffpress.export.components import flatten_inputs
+from diffpress.export.components import flatten_inputs, with_masks
 from diffpress.export.fold import TIMESTEP
 from diffpress.export.session import Session
 
@@ -25,6 +25,7 @@ from diffpress.export.session import Session
 def run_session(session: Session, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Outputs by name. Raises EngineError when an input is not among the arguments."""
     given = flatten_inputs({name: value for name, value in arguments.items() if value is not None})
+    given = with_masks(given, session.inputs)
     missing = [name for name in session.inputs if name not in given]
     if missing:
         raise EngineError(f"the engine needs {', '.join(missing)}; the pipeline gave {', '.join(given)}")
@@ -156,13 +157,23 @@ class EngineTextEncoder(EngineModule):
 
 
 class EngineAutoencoder(nn.Module):
-    """The decoder and, where it was exported, the encoder of an autoencoder."""
+    """The decoder and, where it was exported, the encoder of an autoencoder; its ``buffers`` by their dotted names."""
 
-    def __init__(self, decoder: Session, encoder: Session | None, config: dict[str, Any]) -> None:
+    def __init__(
+        self, decoder: Session, encoder: Session | None, config: dict[str, Any], buffers: dict[str, Tensor]
+    ) -> None:
         super().__init__()
         self.decoder_engine = EngineModule(decoder, config)
         self.encoder_engine = None if encoder is None else EngineModule(encoder, config)
         self.config = self.decoder_engine.config
+        for name, buffer in buffers.items():
+            owner: nn.Module = self
+            *path, last = name.split(".")
+            for step in path:
+                if not hasattr(owner, step):
+                    owner.add_module(step, nn.Module())
+                owner = getattr(owner, step)
+            owner.register_buffer(last, buffer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,6 +190,8 @@ class EngineAutoencoder(nn.Module):
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         if self.encoder_engine is None:
             raise EngineError("this engine has no vae_encoder: its pipeline cannot start from a picture")
-        moments = self.encoder_engine.run({"sample": x})["latent_parameters"]
-        posterior = DiagonalGaussianDistribution(moments)
+        found = self.encoder_engine.run({"sample": x})
+        if "latent" in found:
+            return EncoderOutput(latent=found["latent"]) if return_dict else (found["latent"],)
+        posterior = DiagonalGaussianDistribution(found["latent_parameters"])
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)

@@ -114,10 +114,18 @@ def contrib_attention() -> Iterator[None]:
     """
     plain = F.scaled_dot_product_attention
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **kwargs: Any) -> Tensor:
-        masked = attn_mask is not None or kwargs.get("is_causal")
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        masked = attn_mask is not None or is_causal
         if masked or kwargs.get("enable_gqa") or query.ndim != 4 or not torch.onnx.is_in_onnx_export():
-            return plain(query, key, value, attn_mask, **kwargs)
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
         batch, heads, tokens, size = query.shape
         joined = [part.transpose(1, 2).flatten(2) for part in (query, key, value)]  # [batch, tokens, heads * size]
         output = torch.onnx.ops.symbolic(

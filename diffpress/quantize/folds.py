@@ -2,9 +2,9 @@
 
 Found by structure in the stock diffusers blocks, so that a fold costs nothing at run time:
 
-* LayerNorm without affine behind adaLN-zero (DiT): rows of the modulation Linear that give shift and scale;
+* LayerNorm without affine behind adaLN-zero (DiT, SD3, Flux): rows of the modulation Linear that give shift and scale;
 * LayerNorm or GroupNorm with affine: its weight and bias;
-* the value projection before an attention's output projection;
+* the value projection before an attention's output projection, both of them where picture and text share an attention;
 * the linear half of a GEGLU or SwiGLU before the down-projection.
 """
 
@@ -17,10 +17,16 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU, SwiGLU
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention import (
+    AttentionModuleMixin,
+    BasicTransformerBlock,
+    FeedForward,
+    JointTransformerBlock,
+)
 from diffusers.models.attention_processor import Attention
-from diffusers.models.normalization import AdaLayerNormZero
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
 
@@ -35,6 +41,8 @@ class Fold:
     consumers: tuple[Any, ...]
     divide: Callable[[Tensor], None]
     subtract: Callable[[Tensor], None] | None = None
+    parts: int = 1
+    """How many of the consumers, the first, read rows of their own; all others read what one of these does."""
 
     @property
     def shifts(self) -> bool:
@@ -88,6 +96,12 @@ def find_folds(model: nn.Module) -> list[Fold]:
     for name, module in model.named_modules():
         if isinstance(module, BasicTransformerBlock):
             folds += _block_folds(name, module)
+        elif isinstance(module, JointTransformerBlock | FluxTransformerBlock):
+            folds += _joint_folds(name, module)
+        elif isinstance(module, FluxSingleTransformerBlock):
+            if _is_plain(module.attn):
+                first = (*_queries(module.attn), module.proj_mlp)
+                folds.append(_modulated_fold(f"{name}.norm", module.norm.linear, first, shift=0, scale=1))
         elif isinstance(module, Transformer2DModel) and getattr(module, "norm", None) is not None:
             folds.append(_affine_fold(f"{name}.norm", module.norm, (module.proj_in,)))
     return folds
@@ -102,7 +116,7 @@ def _block_folds(name: str, block: BasicTransformerBlock) -> Iterator[Fold]:
             yield _modulated_fold(f"{name}.norm1", block.norm1.linear, _queries(block.attn1), shift=0, scale=1)
             yield _value_fold(f"{name}.attn1", block.attn1)
         if mlp:
-            yield _modulated_fold(f"{name}.norm3", block.norm1.linear, _first(block), shift=3, scale=4)
+            yield _modulated_fold(f"{name}.norm3", block.norm1.linear, _first(block.ff), shift=3, scale=4)
     elif block.use_layer_norm and block.norm_elementwise_affine:
         if attention:
             yield _affine_fold(f"{name}.norm1", block.norm1, _queries(block.attn1))
@@ -112,18 +126,42 @@ def _block_folds(name: str, block: BasicTransformerBlock) -> Iterator[Fold]:
             yield _affine_fold(f"{name}.norm2", block.norm2, own)
             yield _value_fold(f"{name}.attn2", block.attn2)
         if mlp:
-            yield _affine_fold(f"{name}.norm3", block.norm3, _first(block))
+            yield _affine_fold(f"{name}.norm3", block.norm3, _first(block.ff))
     if mlp and isinstance(block.ff.net[0], GEGLU | SwiGLU):
         gated = block.ff.net[0].proj  # its first half is multiplied by the activated second half
         yield Fold(f"{name}.ff.net.2", (block.ff.net[2],), lambda r: divide_rows(gated, r))
 
 
-def _queries(attention: Attention) -> tuple[Any, ...]:
+def _joint_folds(name: str, block: Any) -> Iterator[Fold]:
+    """Picture tokens and text tokens have norms and MLPs of their own and share an attention."""
+    image, text, attention = block.norm1.linear, block.norm1_context.linear, block.attn
+    last = isinstance(block.norm1_context, AdaLayerNormContinuous)  # nothing reads the text after it
+    if _is_plain(attention):
+        added = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
+        own, other = (1, 0) if last else (0, 1)
+        yield _modulated_fold(f"{name}.norm1", image, _queries(attention), shift=0, scale=1)
+        yield _modulated_fold(f"{name}.norm1_context", text, added, shift=own, scale=other)
+        yield _value_fold(f"{name}.attn", attention)
+    if isinstance(getattr(block, "attn2", None), Attention) and _is_plain(block.attn2):
+        yield _modulated_fold(f"{name}.norm1.2", image, _queries(block.attn2), shift=6, scale=7)
+        yield _value_fold(f"{name}.attn2", block.attn2)
+    for norm, linear, mlp in (("norm2", image, block.ff), ("norm2_context", text, block.ff_context)):
+        if isinstance(mlp, FeedForward):
+            yield _modulated_fold(f"{name}.{norm}", linear, _first(mlp), shift=3, scale=4)
+
+
+def _is_plain(attention: Any) -> bool:
+    """Not pruned away, its projections neither fused nor adapted."""
+    known = isinstance(attention, Attention | AttentionModuleMixin)
+    return known and not attention.fused_projections and not isinstance(attention.processor, nn.Module)
+
+
+def _queries(attention: Any) -> tuple[Any, ...]:
     return attention.to_q, attention.to_k, attention.to_v
 
 
-def _first(block: BasicTransformerBlock) -> tuple[Any, ...]:
-    return (block.ff.net[0].proj,)
+def _first(mlp: FeedForward) -> tuple[Any, ...]:
+    return (mlp.net[0].proj,)  # type: ignore[return-value]
 
 
 def _affine_fold(name: str, norm: Any, consumers: tuple[Any, ...]) -> Fold:
@@ -133,20 +171,32 @@ def _affine_fold(name: str, norm: Any, consumers: tuple[Any, ...]) -> Fold:
 
 
 def _modulated_fold(name: str, linear: nn.Linear, consumers: tuple[Any, ...], *, shift: int, scale: int) -> Fold:
-    first = shift * linear.out_features // 6
+    channels = consumers[0].in_features
+    parts = linear.out_features // channels
     return Fold(
         name,
         consumers,
-        partial(divide_modulation, linear, shift=shift, scale=scale),
-        partial(subtract_bias, linear, first=first),
+        partial(divide_modulation, linear, shift=shift, scale=scale, parts=parts),
+        partial(subtract_bias, linear, first=shift * channels),
     )
 
 
-def _value_fold(name: str, attention: Attention) -> Fold:
+def _value_fold(name: str, attention: Any) -> Fold:
     """The weights of an attention sum to one, so that a shift of all values shifts its output."""
-    value = attention.to_v
-    subtract = None if value.bias is None else partial(subtract_bias, value)
-    return Fold(f"{name}.to_out", (attention.to_out[0],), partial(divide_rows, value), subtract)
+    values = [value for value in (attention.to_v, getattr(attention, "add_v_proj", None)) if value is not None]
+    outputs = (attention.to_out[0], getattr(attention, "to_add_out", None))
+    consumers = tuple(output for output in outputs if output is not None)
+
+    def divide(r: Tensor) -> None:
+        for value in values:
+            divide_rows(value, r)
+
+    def subtract(b: Tensor) -> None:
+        for value in values:
+            subtract_bias(value, b)
+
+    biased = all(value.bias is not None for value in values)
+    return Fold(f"{name}.to_out", consumers, divide, subtract if biased else None, parts=len(consumers))
 
 
 @torch.no_grad()

@@ -59,10 +59,10 @@ class _Concatenations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.cat and result.ndim == 4 and len(args[0]) == 2:
-            joined = args[0][0].shape[1]
-            if joined + args[0][1].shape[1] == result.shape[1]:
-                self.found.append((weakref.ref(result), int(joined)))
+        if func is torch.cat and args and [part.ndim for part in args[0]] == [4, 4]:  # empty parts may have fewer
+            first, second = (int(part.shape[1]) for part in args[0])
+            if first + second == result.shape[1]:
+                self.found.append((weakref.ref(result), first))
         return result
 
     def boundary(self, x: Tensor) -> int | None:

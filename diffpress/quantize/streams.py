@@ -88,5 +88,6 @@ def observe_folds(
         for accumulator in accumulators[name]:
             accumulator.update(rows)
 
-    with pre_hooks({fold.name: fold.consumers[0] for fold in folds}, see):
+    readers = {f"{fold.name}/{part}": fold.consumers[part] for fold in folds for part in range(fold.parts)}
+    with pre_hooks(readers, lambda name, x: see(name.rpartition("/")[0], x)):
         context.run(generator, label)

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from diffusers import (
-    EulerDiscreteScheduler,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from tiny import (
-    fill_zeros,
-    make_autoencoder,
-    make_flux,
-    make_scheduler,
-    make_t5_encoder,
-    make_t5_tokenizer,
-    make_text_encoder,
-    make_tokenizer,
-)
-from transformers import CLIPTextModelWithProjection
+from families import FAMILIES, make
 
 import diffpress
 from diffpress.denoise import encode
@@ -29,6 +14,7 @@ from diffpress.errors import EngineError, ParityError
 from diffpress.export.build import export
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan
+from diffpress.quantize.folds import find_folds
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.smooth import Smooth, SmoothConfig
 from diffpress.stage import Context
@@ -36,85 +22,55 @@ from diffpress.targets import TARGETS
 
 pytestmark = pytest.mark.slow
 PLAN = SamplingPlan(steps=2, guidance_scale=3.0, height=16, width=16)
-OTHER = SamplingPlan(steps=2, guidance_scale=3.0, height=24, width=32)
+TEXT, MASKED = {"encoder_hidden_states"}, {"encoder_hidden_states", "encoder_attention_mask"}
+IDS = TEXT | {"txt_ids", "img_ids"}
 
 
-def sdxl():
-    """Two text encoders, sizes as a condition, nested arguments."""
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=32,
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-    )
-    tokenizer = make_tokenizer()
-    return StableDiffusionXLPipeline(
-        vae=fill_zeros(make_autoencoder()),
-        text_encoder=fill_zeros(make_text_encoder(tokenizer)),
-        text_encoder_2=fill_zeros(make_text_encoder(tokenizer, CLIPTextModelWithProjection)),
-        tokenizer=tokenizer,
-        tokenizer_2=make_tokenizer(),
-        unet=fill_zeros(unet),
-        scheduler=EulerDiscreteScheduler(),
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-    )
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a family: its parameterization and what its denoiser is given beside x_t and t."""
+
+    parameterization: str
+    inputs: set[str]
+    encoders: int = 1
+    calls: int = 1
+    """Of the denoiser for one step with guidance."""
+    size: str = "dynamic"
+    batch: int | str = "dynamic"
+    unit: int = 1
+    """Pixels, in eights, of which a picture's sides are multiples."""
 
 
-def pixart():
-    """T5 with a mask, variance beside the noise, adaLN shared by the blocks."""
-    tokenizer = make_t5_tokenizer()
-    transformer = PixArtTransformer2DModel(
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        sample_size=8,
-        patch_size=2,
-        cross_attention_dim=16,
-        caption_channels=16,
-    )
-    return PixArtSigmaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=fill_zeros(make_t5_encoder(tokenizer)),
-        vae=fill_zeros(make_autoencoder()),
-        transformer=fill_zeros(transformer),
-        scheduler=make_scheduler(),
-    )
-
-
-FAMILIES = {
-    "sdxl": (sdxl, "eps", {"encoder_hidden_states", "added_cond_kwargs"}),
-    "pixart": (pixart, "v", {"encoder_hidden_states", "encoder_attention_mask"}),
-    "flux": (make_flux, "flow", {"encoder_hidden_states", "pooled_projections", "guidance", "txt_ids", "img_ids"}),
+KNOWN = {
+    "sdxl": Facts("eps", TEXT | {"added_cond_kwargs"}, encoders=2),
+    "pixart": Facts("v", MASKED, size="static"),
+    "sd3": Facts("flow", TEXT | {"pooled_projections"}, encoders=3),
+    "flux": Facts("flow", IDS | {"pooled_projections", "guidance"}, encoders=2),
+    "flux2": Facts("flow", IDS, calls=2),
+    "chroma": Facts("flow", IDS | {"attention_mask"}, calls=2, batch=2),
+    "auraflow": Facts("flow", TEXT),
+    "sana": Facts("flow", MASKED, unit=4),
+    "hunyuan": Facts(
+        "v",
+        TEXT
+        | {"encoder_hidden_states_t5", "text_embedding_mask", "text_embedding_mask_t5", "image_meta_size", "style"},
+        encoders=2,
+        unit=2,
+    ),
+    "cogview4": Facts("flow", TEXT | {"original_size", "target_size", "crop_coords"}, calls=2),
 }
 
 
-BUILT = FAMILIES
-# Calls compared with torch: one and, for the denoiser, two of a run; with a free size one more at another size.
-RESIZED = {"text_encoder": 1, "text_encoder_2": 1, "vae_decoder": 2, "vae_encoder": 2}
-CALLS = {
-    "sdxl": {**RESIZED, "unet": 4},
-    "pixart": {"text_encoder": 1, "transformer": 3, "vae_decoder": 1, "vae_encoder": 1},
-    "flux": {**RESIZED, "transformer": 4},
-}
+def sized(facts: Facts, height: int, width: int) -> SamplingPlan:
+    """Sides in multiples of eight pixels, or of the family's unit."""
+    return dataclasses.replace(PLAN, height=8 * height * facts.unit, width=8 * width * facts.unit)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=KNOWN)
 def folder(request, tmp_path_factory):
     """(name, checkpoint on disk)."""
-    torch.manual_seed(3)
     place = tmp_path_factory.mktemp(request.param) / "checkpoint"
-    FAMILIES[request.param][0]().save_pretrained(place)
+    make(request.param).save_pretrained(place)
     return request.param, place
 
 
@@ -122,44 +78,50 @@ def folder(request, tmp_path_factory):
 def built(folder):
     """(name, quantized generator, its float original, engine folder)."""
     name, place = folder
+    facts, plan = KNOWN[name], sized(KNOWN[name], 2, 2)
     generator, output = Generator.load(place), place.parent / "engine"
     conditions = generator.conditions(4)
-    context = Context(TARGETS["onnxruntime"], conditions, range(4), PLAN, batch_size=4)
-    smooth = [Smooth(SmoothConfig())] if name == "sdxl" else []  # it does not know the others' blocks
+    context = Context(TARGETS["onnxruntime"], conditions, range(4), plan, batch_size=4)
+    smooth = [Smooth(SmoothConfig())] if find_folds(generator.denoiser) else []
+    assert bool(smooth) == (name in ("sdxl", "sd3", "flux"))
     for stage in (*smooth, Int8(Int8Config())):
         stage.check(generator, context.target)
         stage.apply(generator, context)
-    settings = ExportConfig(size="static" if name == "pixart" else "dynamic")
-    done = export(generator, output, settings, plan=PLAN, conditions=conditions[:2])
-    assert {item.component: item.calls for item in done.parity} == CALLS[name]
+    settings = ExportConfig(size=facts.size, batch=facts.batch)
+    done = export(generator, output, settings, plan=plan, conditions=conditions[:2])
+    sizes = 2 if facts.size == "dynamic" else 1  # a call each, of the denoiser also all of a run
+    encoders = {f"text_encoder{number}": 1 for number in ("", "_2", "_3")[: facts.encoders]}
+    autoencoder = {"vae_decoder": sizes, "vae_encoder": sizes}
+    denoiser = {generator.denoiser_name: facts.calls * PLAN.steps + sizes}
+    assert {item.component: item.calls for item in done.parity} == encoders | autoencoder | denoiser
     return name, generator, Generator.load(place), output
 
 
 def test_is_read_from_the_pipeline_itself(folder):
     name, place = folder
-    _, parameterization, inputs = FAMILIES[name]
-    generator = Generator.load(place)
+    facts, generator = KNOWN[name], Generator.load(place)
+    plan = sized(facts, 2, 2)
     conditions = generator.conditions(2, ["a cat", "a dog"])
     assert generator.conditioning_kind == "text"
-    assert generator.schedule.parameterization == parameterization
-    alone, without = encode(generator, conditions, PLAN)
-    assert set(alone.tensors) == inputs
+    assert generator.schedule.parameterization == facts.parameterization
+    alone, without = encode(generator, conditions, plan)
+    assert set(alone.tensors) == facts.inputs
     if name == "flux":  # guidance is an input of the network
         assert without is None
     else:
         assert without is not None
         assert not torch.equal(alone.tensors["encoder_hidden_states"], without.tensors["encoder_hidden_states"])
-    assert len(generator.record(conditions, seeds=[0, 1], plan=PLAN)) == PLAN.steps
-    assert generator.sample(conditions, seeds=[0, 1], plan=OTHER).images.shape == (2, 24, 32, 3)
+    assert len(generator.record(conditions, seeds=[0, 1], plan=plan)) == facts.calls * plan.steps
+    other = sized(facts, 3, 4)
+    assert generator.sample(conditions, seeds=[0, 1], plan=other).images.shape == (2, other.height, other.width, 3)
 
 
-@pytest.mark.parametrize("folder", BUILT, indirect=True)
 def test_the_engine_draws_what_torch_draws(built, relative):
-    _, quantized, original, output = built
-    engine = Generator(diffpress.load(output))
+    name, quantized, original, output = built
+    engine, plan = Generator(diffpress.load(output)), sized(KNOWN[name], 2, 2)
     conditions, seeds = quantized.conditions(4), [3, 1, 4, 2]
     of_torch, of_engine, of_float, other = (
-        generator.sample(conditions, seeds=numbers, plan=PLAN, batch_size=2).latents
+        generator.sample(conditions, seeds=numbers, plan=plan, batch_size=2).latents
         for generator, numbers in ((quantized, seeds), (engine, seeds), (original, seeds), (engine, seeds[::-1]))
     )
     noise = relative(of_float, of_torch)
@@ -168,18 +130,18 @@ def test_the_engine_draws_what_torch_draws(built, relative):
     assert relative(other, of_torch) > 0.1  # control: another seed is another picture
 
 
-@pytest.mark.parametrize("folder", BUILT, indirect=True)
 def test_another_size(built, relative):
     name, quantized, _, output = built
-    engine = Generator(diffpress.load(output))
-    if name == "pixart":
+    engine, facts, words = Generator(diffpress.load(output)), KNOWN[name], ["a cat", "two dogs in the snow"]
+    other = sized(facts, 3, 4)
+    if facts.size == "static":
         with pytest.raises(EngineError, match="refuses"):
-            engine.sample(["a cat"], seeds=[0], plan=OTHER)
+            engine.sample(words, seeds=[0, 1], plan=other)
         return
     of_torch, of_engine = (
-        generator.sample(["a cat"], seeds=[0], plan=OTHER).latents for generator in (quantized, engine)
+        generator.sample(words, seeds=[0, 1], plan=other).latents for generator in (quantized, engine)
     )
-    assert of_engine.shape == (1, 4, 12, 16)
+    assert of_engine.shape == of_torch.shape
     assert relative(of_engine, of_torch) < 1e-2
 
 
@@ -188,3 +150,14 @@ def test_a_network_with_its_size_baked_in_is_named(folder, tmp_path):
     generator = Generator.load(folder[1])
     with pytest.raises(ParityError, match=r"'dynamic': transformer .* allowed for this model: static"):
         export(generator, tmp_path, ExportConfig(size="dynamic"), plan=PLAN, conditions=generator.conditions(2))
+
+
+@pytest.mark.parametrize("folder", ["chroma"], indirect=True)
+def test_a_network_with_its_batch_baked_in_is_named(folder, tmp_path):
+    generator = Generator.load(folder[1])
+    with pytest.raises(EngineError, match=r"transformer: .* a fixed batch; allowed for this model: a number as export"):
+        export(generator, tmp_path, ExportConfig(), plan=PLAN, conditions=generator.conditions(2))
+
+
+def test_every_family_is_here():
+    assert list(KNOWN) == list(FAMILIES)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from families import make, zimage
 from tiny import make_scheduler
 from torch import nn
 
-from diffpress.denoise import encode
+from diffpress.denoise import encode, trajectory
 from diffpress.errors import CheckpointError, ConfigError
 from diffpress.generator import Generator, SamplingPlan, patched
 
@@ -184,6 +185,40 @@ def test_no_guidance_no_second_half(ddpm, plan):
     conditional, unconditional = encode(ddpm, [None], plan)
     assert conditional.tensors == {}
     assert unconditional is None
+
+
+def two_calls(prompts):
+    """What CogView4 is given for its two branches, and the two calls of a guided run."""
+    generator = Generator(make("cogview4"))
+    plan = SamplingPlan(steps=2, guidance_scale=3.0, height=16, width=16)
+    return *encode(generator, prompts, plan), generator.record(prompts, seeds=[0], plan=plan)
+
+
+def test_branches_of_two_calls():
+    alone, without, calls = two_calls(["a cat"])
+    assert len(calls) == 4
+    for branch, call in ((alone, calls[0]), (without, calls[1])):
+        torch.testing.assert_close(branch.tensors["encoder_hidden_states"], call.inputs["encoder_hidden_states"])
+    assert not torch.equal(alone.tensors["encoder_hidden_states"], without.tensors["encoder_hidden_states"])
+
+
+def test_branches_of_two_calls_have_texts_of_their_own_length():
+    alone, without, _ = two_calls(["a cat in a tree that looks down at a dog"])
+    assert alone.tensors["encoder_hidden_states"].shape[1] > without.tensors["encoder_hidden_states"].shape[1]
+
+
+def test_states_of_a_run_whose_branches_are_two_calls():
+    generator = Generator(make("cogview4"))
+    plan = SamplingPlan(steps=3, guidance_scale=3.0, height=16, width=16)
+    path = trajectory(generator, ["a cat"], seeds=[0], plan=plan)
+    assert (len(path.states), len(path.timesteps)) == (4, 3)
+    calls = generator.record(["a cat"], seeds=[0], plan=plan)
+    torch.testing.assert_close(path.states[:-1], torch.stack([call.inputs["hidden_states"] for call in calls[::2]]))
+
+
+def test_a_network_that_takes_lists_is_refused():
+    with pytest.raises(CheckpointError, match=r"ZImageTransformer2DModel takes x as list.* allowed: networks"):
+        Generator(zimage())
 
 
 def test_record_keeps_copies_of_every_call(any_generator, plan, first_call):

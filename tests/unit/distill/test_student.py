@@ -1,12 +1,15 @@
 """What students share: how straight their paths are, pictures in the plan's size, networks with units of their own."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler
+from families import make
 from oracle import Oracle
 from PIL import Image
 from tiny import make_autoencoder, make_flux, make_scheduler
@@ -210,6 +213,16 @@ def test_a_network_that_is_told_its_guidance_learns_it_at_one(sd, context, tmp_p
     torch.testing.assert_close(trained.tensors["timestep_cond"], sampled)
     taught = first_inputs(untrained, sd.conditions(1), SamplingPlan(guidance_scale=4.0))["timestep_cond"]
     assert not torch.allclose(taught, sampled, atol=0.1)
+
+
+def test_branches_with_texts_of_different_lengths_are_refused():
+    """They cannot be mixed in one batch."""
+    teacher = Generator(make("cogview4"))
+    plan = SamplingPlan(steps=2, guidance_scale=3.0, height=16, width=16)
+    for prompt, stopped in (("a cat", nullcontext()), ("a cat in a tree that looks down", pytest.raises(ConfigError))):
+        with stopped as error:
+            assert Conditions.of(teacher, SimpleNamespace(conditions=[prompt]), plan).unconditional is not None
+    assert "texts of different lengths" in str(error.value)
 
 
 def test_what_cannot_be_guided_is_refused(sd, ddpm):

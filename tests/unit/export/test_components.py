@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from families import make
 
 from diffpress.errors import EngineError
-from diffpress.export.components import Flat, find_components, flatten_inputs
+from diffpress.export.components import Component, Flat, find_components, flatten_inputs, with_masks
+from diffpress.export.graph import export_graph
+from diffpress.export.session import OnnxRuntimeSession
+from diffpress.generator import Generator, SamplingPlan
 
 BATCH, SIZE = {0: "batch"}, {2: "size", 3: "size"}
 AUTOENCODER = {
@@ -99,3 +103,77 @@ def test_names_of_nested_inputs():
     assert list(flat) == ["sample", "text_embeds", "residuals.0", "residuals.1", "timestep"]
     assert flat["residuals.1"] is d
     assert (flat["sample"].dtype, flat["timestep"].dtype) == (torch.int64, torch.float32)
+
+
+TEXT = {0: "batch", 1: "text"}
+
+
+def test_texts_of_any_length():
+    """Where prompts are not padded to one length, what follows it is free, and equal lengths stay equal."""
+    plan = SamplingPlan(steps=2, guidance_scale=3.0, height=16, width=16)
+    generator = Generator(make("cogview4"))
+    prompts = ["a cat in a tree", "a dog"]
+    parts = {part.folder: part for part in find_components(generator, prompts, plan, batch=None, any_size=False)}
+    assert parts["text_encoder"].free == {"input_ids": TEXT}
+    denoiser = parts["transformer"].free
+    assert denoiser.pop("encoder_hidden_states") == TEXT
+    assert all(axes == BATCH for axes in denoiser.values())
+    assert parts["transformer"].outputs["out_sample"].shape[0] == 2
+
+
+def test_texts_that_are_longer_than_their_negative():
+    """Sana puts instructions before a prompt, and none before the negative one."""
+    plan = SamplingPlan(steps=2, guidance_scale=3.0, height=32, width=32)
+    parts = find_components(Generator(make("sana")), ["a cat", "a dog"], plan, batch=None, any_size=False)
+    found = {part.folder: part for part in parts}
+    assert found["text_encoder"].free == {"input_ids": TEXT, "attention_mask": TEXT}
+    assert found["transformer"].free["encoder_hidden_states"] == BATCH
+    assert list(found["vae_encoder"].outputs) == ["latent"]  # there is no distribution
+
+
+def test_equal_lengths_are_told_to_the_exporter():
+    class Told(torch.nn.Module):
+        def forward(self, text, mask, return_dict):
+            return (text * mask,)
+
+    text = torch.rand(2, 5)
+    free = {"text": TEXT, "mask": TEXT}
+    part = Component("denoiser", "", "", "forward", {"text": text, "mask": text}, {}, {"out_sample": text}, free, None)
+    flat = Flat(Told(), part)
+    torch.testing.assert_close(flat(text[:, :3], text[:, :3])[0], text[:, :3] ** 2)
+    with pytest.raises(RuntimeError):
+        flat(text, text[:1])  # would broadcast
+
+
+def test_a_mask_that_is_not_given_hides_nothing():
+    text = torch.rand(2, 5, 3)
+    given = with_masks({"text": text, "other": text}, ["text_mask", "text", "elsewhere_mask"])
+    assert list(given) == ["text_mask", "text", "other"]
+    assert given["text_mask"].shape == (2, 5)
+    assert given["text_mask"].all()
+    assert with_masks({"text": text, "text_mask": text}, ["text_mask"])["text_mask"] is text
+
+
+class Divided(torch.nn.Module):
+    """Where x is not positive, zero over next to nothing."""
+
+    def forward(self, x, return_dict=True):
+        return (x.relu() / (x.relu() + 1e-15),)
+
+
+def test_an_epsilon_outlives_the_exporter(tmp_path):
+    x = torch.linspace(-1, 1, 6)[None]
+    part = Component("denoiser", "", "", "forward", {"x": x}, {}, {"out_sample": x}, {"x": {}}, None)
+    exact = Divided()(x)[0]
+
+    class Bare(torch.nn.Module):
+        def forward(self, *tensors):
+            return Divided()(tensors[0])[0]
+
+    found = []
+    for name, module in (("flat", Flat(Divided(), part)), ("bare", Bare())):
+        path = tmp_path / name / "model.onnx"
+        export_graph(module.eval(), {"x": x}, ["out_sample"], path, free={"x": {}}, opset=20)
+        found.append(OnnxRuntimeSession(path)({"x": x})[0])
+    torch.testing.assert_close(found[0], exact, rtol=1e-4, atol=1e-6)
+    assert found[1].isnan().any()  # control: alone it is taken for zero

@@ -58,6 +58,22 @@ def test_axes_are_named_and_free(tmp_path):
     assert [node.op_type for node in onnx.load(path).graph.node].count("Conv") == 1
 
 
+class Fixed(Small):
+    """Makes a constant of the batch, and of the height."""
+
+    def forward(self, *tensors):
+        x = tensors[0] + torch.tensor([0.0] * tensors[0].shape[0])[:, None, None, None]
+        return super().forward(x + torch.tensor([0.0] * tensors[0].shape[2])[:, None])
+
+
+def test_axes_that_a_module_fixes_are_named(tmp_path):
+    with pytest.raises(
+        EngineError, match=r"a fixed batch and size; allowed .* a number as export.batch and export"
+    ):
+        write(tmp_path / "model.onnx", Fixed())
+    write(tmp_path / "model.onnx", Fixed(), free={"x": {3: "size"}})
+
+
 def test_large_weights_go_to_a_file_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(graph, "EXTERNAL_FROM", 0)
     path = write(tmp_path / "model.onnx")

@@ -38,7 +38,7 @@ class Attending(nn.Module):
     def forward(self, *tensors):
         batch, tokens, _ = tensors[0].shape
         heads = [self.projections[i](tensors[0]).view(batch, tokens, 4, 8).transpose(1, 2) for i in range(3)]
-        hidden = F.scaled_dot_product_attention(*heads, attn_mask=None, dropout_p=0.0, is_causal=self.causal)
+        hidden = F.scaled_dot_product_attention(*heads, None, 0.0, self.causal)  # by position, as torch itself does
         return self.projections[3](hidden.transpose(1, 2).reshape(batch, tokens, 32))
 
 

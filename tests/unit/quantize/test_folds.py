@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import make
 
 from diffpress.errors import ParityError
-from diffpress.generator import Generator
+from diffpress.generator import Generator, SamplingPlan
 from diffpress.quantize import awq, reparam, smooth
 from diffpress.quantize.folds import apply_fold, divide_modulation, find_folds
 from diffpress.quantize.reparam import Reparam, ReparamConfig
@@ -35,6 +36,59 @@ def test_where_it_folds_in_cross_attention(sd):
     transformers = ("down_blocks.1.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1")
     expected = {f"{name}.{place}" for name in (*transformers, "mid_block.attentions.0") for place in places}
     assert {fold.name for fold in find_folds(sd.denoiser)} == expected
+
+
+def test_where_it_folds_in_joint_attention():
+    """The last block of SD3 drops the text; its first has a second attention. Flux's single blocks have one norm."""
+    own = ("norm1", "norm1_context", "attn.to_out", "norm2")
+    first, last = [f"transformer_blocks.0.{name}" for name in own], [f"transformer_blocks.1.{name}" for name in own]
+    first.append("transformer_blocks.0.norm2_context")
+    second = [f"transformer_blocks.0.{name}" for name in ("norm1.2", "attn2.to_out")]
+    expected = {"sd3": {*first, *second, *last}, "flux": {*first, "single_transformer_blocks.0.norm"}}
+    for family, names in expected.items():
+        found = {fold.name: fold for fold in find_folds(make(family).transformer)}
+        assert set(found) == names
+        assert all(fold.shifts for fold in found.values())
+        assert found["transformer_blocks.0.attn.to_out"].parts == 2  # picture and text leave the attention apart
+
+
+def test_what_is_pruned_or_fused_is_left_out():
+    flux = make("flux").transformer
+    whole, block = {fold.name for fold in find_folds(flux)}, flux.transformer_blocks[0]
+    block.ff = torch.nn.Identity()
+    block.attn.fuse_projections()
+    gone = {f"transformer_blocks.0.{name}" for name in ("norm1", "norm1_context", "attn.to_out", "norm2")}
+    assert {fold.name for fold in find_folds(flux)} == whole - gone
+
+
+@pytest.fixture
+def joint(first_call):
+    """Of a family with joint attention: the generator, its output, and the call of it."""
+
+    def make_one(name):
+        generator = Generator(make(name))
+        plan = SamplingPlan(steps=2, guidance_scale=3.0, height=16, width=16)
+        call = generator.record(["a cat", "a dog"], seeds=[0, 1], plan=plan, limit=1)[0]
+        return generator, *first_call(generator, call)
+
+    return make_one
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_folds_around_joint_attention_are_exact(family, joint, first_call, relative):
+    generator, before, call = joint(family)
+    weights = copy.deepcopy(generator.denoiser.state_dict())
+    for seed, fold in enumerate(find_folds(generator.denoiser)):
+        apply_fold(fold, factors(fold, seed), shifts(fold, seed))
+    assert relative(first_call(generator, call)[0], before) < EXACT
+    generator.denoiser.load_state_dict(weights)
+    for fold in find_folds(generator.denoiser):
+        alone = [{"consumers": (layer,)} for layer in fold.consumers if len(fold.consumers) > 1]
+        lost = [{"divide": lambda r: None}, *alone]
+        for change in lost:
+            apply_fold(replace(fold, **change), factors(fold))
+            assert relative(first_call(generator, call)[0], before) > 10 * EXACT, fold.name
+            generator.denoiser.load_state_dict(weights)
 
 
 @pytest.mark.parametrize("family", ["dit", "sd"])

@@ -11,7 +11,7 @@ from diffpress.export.parity import compare
 from diffpress.export.session import OnnxRuntimeSession
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation, quantized
-from diffpress.quantize.split import SplitConv2d, find_splits, split
+from diffpress.quantize.split import SplitConv2d, _Concatenations, find_splits, split
 from diffpress.targets import TARGETS
 
 OPENVINO, TENSORRT = TARGETS["openvino"], TARGETS["tensorrt"]
@@ -160,3 +160,13 @@ def test_engine_computes_what_the_halves_do(tmp_path):
     path = tmp_path / "model.onnx"
     export_graph(Alone(halves).eval(), {"x": x}, ["y"], path, free={"x": {0: "batch"}}, opset=20)
     assert compare("split", OnnxRuntimeSession(path), [({"x": x}, {"y": expected})], tolerance=1e-5).error < 1e-5
+
+
+def test_concatenations_of_anything_are_seen_through():
+    """Language models join the keys of the past, at first a part without any axes, to the new ones."""
+    new, picture = torch.rand(2, 1, 5, 8), torch.rand(2, 3, 4, 4)
+    with _Concatenations() as concatenations:
+        kept = torch.cat([torch.empty(0), new], dim=-2)
+        below, beside = torch.cat([picture, picture], dim=2), torch.cat([picture, picture[:, :2]], dim=1)
+    assert [concatenations.boundary(x) for x in (kept, below, beside)] == [None, None, 3]
+    torch.testing.assert_close(kept, new)

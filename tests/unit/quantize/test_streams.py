@@ -1,12 +1,18 @@
 """What calibration keeps is bounded, and a fair share of all that passed by."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from families import make
 from scipy.stats import chisquare
 
+from diffpress.generator import Generator, SamplingPlan
 from diffpress.quantize.folds import find_folds
 from diffpress.quantize.streams import Extremes, Rows, as_rows, observe_folds
+from diffpress.stage import Context
+from diffpress.targets import TARGETS
 
 
 def stream(rows, calls=40, size=500):
@@ -62,3 +68,26 @@ def test_folds_are_observed_with_their_own_rows(family, request, context, hooks_
     observe_folds(folds, {name: (value,) for name, value in seen.items()}, generator, context(generator), "")
     assert {fold.name: len(seen[fold.name].low) for fold in folds} == {fold.name: fold.channels for fold in folds}
     assert hooks_of(generator.denoiser) == 0
+
+
+def test_picture_and_text_that_leave_an_attention_apart_are_both_seen():
+    generator = Generator(make("flux"))
+    fold = next(fold for fold in find_folds(generator.denoiser) if fold.name == "transformer_blocks.0.attn.to_out")
+    plan = SamplingPlan(steps=1, guidance_scale=1.0, height=16, width=16)
+    given = Context(TARGETS["onnxruntime"], ["a cat"], [0], plan, batch_size=1)
+    sizes = []
+    for parts in (1, 2):
+        seen = Counted()
+        observe_folds([replace(fold, parts=parts)], {fold.name: (seen,)}, generator, given, "")
+        sizes.append(seen.rows)
+    picture = 16  # tokens
+    assert sizes[0] == picture < sizes[1]
+
+
+class Counted:
+    """Counts rows."""
+
+    rows = 0
+
+    def update(self, rows):
+        self.rows += len(rows)
