@@ -18,6 +18,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
@@ -84,6 +86,14 @@ def byte_tokenizer(padding="right"):
     )
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer
+
+
+_embeds = Flux2KleinPipeline._get_qwen3_prompt_embeds
+
+
+def first_layers(*args, **kwargs):
+    """Klein reads the hidden layers 9, 18 and 27; as many take minutes to trace."""
+    return _embeds(*args, **(kwargs | {"hidden_states_layers": (0, 1, 2)}))
 
 
 def sdxl():
@@ -261,13 +271,8 @@ def hunyuan():
         cross_attention_dim_t5=16,
         pooled_projection_dim=16,
     )
-    levels = {
-        "block_out_channels": (8,) * 4,  # the pipeline takes it for granted that a latent is 8 pixels wide
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-    }
     return HunyuanDiTPipeline(
-        vae=fill_zeros(make_autoencoder(**levels)),
+        vae=fill_zeros(make_autoencoder(levels=4)),  # the pipeline takes 8 pixels for granted
         text_encoder=fill_zeros(BertModel(encoder)),
         tokenizer=BertTokenizer(vocab=vocabulary, model_max_length=77),
         transformer=fill_zeros(transformer),
@@ -305,9 +310,10 @@ def cogview4():
 
 
 def flux2():
-    """Modulations shared by all blocks, hidden layers 9, 18 and 27 of a language model; statistics of the autoencoder
-    that the pipeline reads itself.
+    """Modulations shared by all blocks, three hidden layers of a language model joined into one text; statistics of the
+    autoencoder that the pipeline reads itself.
     """
+    Flux2KleinPipeline._get_qwen3_prompt_embeds = staticmethod(first_layers)
     transformer = Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -334,7 +340,7 @@ def flux2():
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=fill_zeros(autoencoder),
-        text_encoder=fill_zeros(Qwen3ForCausalLM(Qwen3Config(**(DECODER_ONLY | {"num_hidden_layers": 28})))),
+        text_encoder=fill_zeros(Qwen3ForCausalLM(Qwen3Config(**DECODER_ONLY))),
         tokenizer=byte_tokenizer(),
         transformer=fill_zeros(transformer),
     )
@@ -361,6 +367,30 @@ def chroma():
         text_encoder=fill_zeros(make_t5_encoder(tokenizer)),
         tokenizer=tokenizer,
         transformer=fill_zeros(transformer),
+    )
+
+
+def lumina2():
+    """Positions from the lengths of the texts, computed in Python."""
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=2,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(512, 64, 64),
+        cap_feat_dim=16,
+    )
+    return Lumina2Pipeline(
+        transformer=fill_zeros(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=fill_zeros(make_autoencoder(shift_factor=0.06, **UNSHIFTED)),
+        text_encoder=fill_zeros(Gemma2Model(Gemma2Config(**DECODER_ONLY, bos_token_id=1))),
+        tokenizer=byte_tokenizer(),
     )
 
 

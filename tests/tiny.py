@@ -28,10 +28,11 @@ def fill_zeros(module, std=0.1):
 
 
 def make_autoencoder(**changes):
+    levels = changes.pop("levels", 2)  # a latent is 2^(levels - 1) pixels wide
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
         mid_block_add_attention=False,

@@ -45,6 +45,8 @@ from diffpress.targets import find_target
 
 MANIFEST, BUFFERS = "diffpress.json", "buffers.safetensors"
 PARITY_CALLS = 8
+UNTRACEABLE = ("Lumina2Transformer2DModel", "QwenImageTransformer2DModel")
+FIXED_BATCH = ("ChromaTransformer2DModel",)
 LONGEST_TEXT = 1024  # tokens
 
 
@@ -64,11 +66,16 @@ class Built:
 def check_export(generator: Generator, settings: ExportConfig) -> None:
     """Refuse before any work what cannot be built.
 
-    Raises ConfigError for a free size where the generator has one, for a feature cache that the denoiser or the target
-    cannot have, for a provider that is not on this machine and for bfloat16 that this does not compute in,
-    MissingDependencyError for a run-time that is not installed.
+    Raises ConfigError for a network that cannot be traced, for a free size where the generator has one, for a feature
+    cache that the denoiser or the target cannot have, for a provider that is not on this machine and for bfloat16 that
+    this does not compute in, MissingDependencyError for a run-time that is not installed.
     """
     find_target(settings.target)
+    network = type(generator.denoiser).__name__
+    if network in UNTRACEABLE:
+        raise ConfigError(f"export: {network} computes with lengths of texts in Python, which torch cannot trace")
+    if network in FIXED_BATCH and settings.batch == "dynamic":
+        raise ConfigError(f"export: batch 'dynamic', but {network} makes a constant of it; allowed: a number")
     if generator.cache is not None:
         generator.cache.cut.check(generator.denoiser)
         if settings.target == "tensorrt" and settings.size == "dynamic":

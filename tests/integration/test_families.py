@@ -53,11 +53,18 @@ KNOWN = {
     "hunyuan": Facts(
         "v",
         TEXT
-        | {"encoder_hidden_states_t5", "text_embedding_mask", "text_embedding_mask_t5", "image_meta_size", "style"},
+        | {
+            "encoder_hidden_states_t5",
+            "text_embedding_mask",
+            "text_embedding_mask_t5",
+            "image_meta_size",
+            "image_rotary_emb",
+            "style",
+        },
         encoders=2,
         unit=2,
     ),
-    "cogview4": Facts("flow", TEXT | {"original_size", "target_size", "crop_coords"}, calls=2),
+    "cogview4": Facts("flow", TEXT | {"original_size", "target_size", "crop_coords"}, calls=2, unit=2),
 }
 
 
@@ -150,13 +157,6 @@ def test_a_network_with_its_size_baked_in_is_named(folder, tmp_path):
     generator = Generator.load(folder[1])
     with pytest.raises(ParityError, match=r"'dynamic': transformer .* allowed for this model: static"):
         export(generator, tmp_path, ExportConfig(size="dynamic"), plan=PLAN, conditions=generator.conditions(2))
-
-
-@pytest.mark.parametrize("folder", ["chroma"], indirect=True)
-def test_a_network_with_its_batch_baked_in_is_named(folder, tmp_path):
-    generator = Generator.load(folder[1])
-    with pytest.raises(EngineError, match=r"transformer: .* a fixed batch; allowed for this model: a number as export"):
-        export(generator, tmp_path, ExportConfig(), plan=PLAN, conditions=generator.conditions(2))
 
 
 def test_every_family_is_here():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import openvino
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from families import lumina2, make
 
 from diffpress.errors import (
     ArtifactError,
@@ -237,6 +239,26 @@ def test_what_cannot_be_built_is_refused_first(dit, monkeypatch):
     monkeypatch.setattr(build, "_importable", lambda package: False)
     with pytest.raises(MissingDependencyError, match=r"pip install 'diffpress\[openvino\]'"):
         check_export(dit, ExportConfig(target="openvino"))
+
+
+def test_networks_that_cannot_be_traced_are_refused_first():
+    """The list is of names; that these have to be on it, torch says."""
+    chroma = Generator(make("chroma"))
+    with pytest.raises(ConfigError, match="ChromaTransformer2DModel makes a constant of it; allowed: a number"):
+        check_export(chroma, ExportConfig())
+    check_export(chroma, ExportConfig(batch=2))
+    with pytest.raises(ConfigError, match="Lumina2Transformer2DModel computes with lengths of texts in Python"):
+        check_export(Generator(lumina2()), ExportConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make_one", "error"), [(partial(make, "chroma"), "a fixed batch"), (lumina2, "SymInt")])
+def test_torch_cannot_trace_what_is_refused(make_one, error, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "UNTRACEABLE", ())
+    monkeypatch.setattr(build, "FIXED_BATCH", ())
+    plan = SamplingPlan(steps=1, guidance_scale=1.0, height=16, width=16)
+    with pytest.raises(EngineError, match=f"transformer: torch.onnx cannot export it: .*{error}"):
+        export(Generator(make_one()), tmp_path, ExportConfig(), plan=plan, conditions=["a cat", "a dog"])
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,7 @@ class Fixed(Small):
 
 
 def test_axes_that_a_module_fixes_are_named(tmp_path):
-    with pytest.raises(
-        EngineError, match=r"a fixed batch and size; allowed .* a number as export.batch and export"
-    ):
+    with pytest.raises(EngineError, match=r"a fixed batch and size; allowed .* a number as export.batch and export"):
         write(tmp_path / "model.onnx", Fixed())
     write(tmp_path / "model.onnx", Fixed(), free={"x": {3: "size"}})
 
