@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from diffpress.checkpoint import first_lines
+from diffpress.checkpoint import first_lines, quiet_loading
 from diffpress.denoise import first_inputs
 from diffpress.errors import EngineError
 from diffpress.generator import Generator, SamplingPlan, patched
@@ -189,7 +189,8 @@ def _watch_inputs(
 
     Twice: with the first call of each text encoder, and with its last, for some give a negative prompt other lengths.
     """
-    with _spied(generator, [part for part in parts if part.role == "text"], every=True) as seen:
+    texts = [part for part in parts if part.role == "text"]
+    with _spied(generator, texts, every=True) as seen, quiet_loading():  # a long prompt is cut off, and they say so
         inputs = {generator.denoiser_name: (first_inputs(generator, conditions, plan), None)}
     return [{name: calls[which] for name, calls in seen.items()} | inputs for which in (0, -1)]
 

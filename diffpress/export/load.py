@@ -132,7 +132,8 @@ def _engines(root: Path, parts: dict[str, Any], manifest: dict[str, Any], policy
                 else CachedEngineDenoiser(sessions, settings, names, policy)
             )
             for name, value in manifest.get("attributes", {}).items():
-                setattr(denoiser, name, value)
+                if not hasattr(denoiser, name):
+                    setattr(denoiser, name, value)
             told = manifest.get("timesteps")
             denoiser.timesteps = None if told is None else tuple(told)
             found[part["attribute"]] = denoiser
