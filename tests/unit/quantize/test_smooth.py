@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import make
 from scipy.stats import spearmanr
 
 from diffpress.generator import Generator
@@ -119,6 +120,13 @@ def test_equal_ranks_make_saliency_the_mean_of_maxima():
     torch.testing.assert_close(still.peak, calls[0][0])
 
 
+@pytest.fixture(scope="module")
+def sd3_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd3")
+    make("sd3").save_pretrained(folder)
+    return folder
+
+
 def int8_error(generator, context, first_call, relative, *, smooth):
     """Relative error of the first denoiser call: float against 8 bits."""
     expected, call = first_call(generator)
@@ -131,7 +139,7 @@ def int8_error(generator, context, first_call, relative, *, smooth):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("dit", {"alpha": 0.5}), ("dit", {}), ("dit", {"importance": "saliency"}), ("sd", {})],
+    [("dit", {"alpha": 0.5}), ("dit", {}), ("dit", {"importance": "saliency"}), ("sd", {}), ("sd3", {})],
 )
 def test_planted_outliers_are_smoothed_away(family, settings, request, plant, context, first_call, relative):
     folder = request.getfixturevalue(f"{family}_folder")
