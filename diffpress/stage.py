@@ -47,6 +47,11 @@ class Context:
         parts = [slice(start, None, 2) for start in range(min(2, len(self.conditions)))]
         return [replace(self, conditions=self.conditions[part], seeds=self.seeds[part]) for part in parts]
 
+    def unseen(self, count: int) -> Context:
+        """The first ``count`` conditions, or all, with noise that calibration does not see."""
+        few, first = min(count, len(self.conditions)), max(self.seeds) + 1
+        return replace(self, conditions=self.conditions[:few], seeds=range(first, first + few))
+
     def run(self, generator: Generator, label: str) -> None:
         """Sample every condition over the whole schedule, both branches; hooks see the calls, nothing is kept."""
         generator.sample(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,6 +28,10 @@ class Target:
     None: they are not."""
     overflows: bool
     """Whether it multiplies on the CPU, where without 8-bit dot products sums can overflow."""
+    simulates: bool = False
+    """Whether it can compute with 8-bit codes in float32: as exact, not as fast."""
+    dot_products: bool | None = None
+    """Whether the CPU that an engine is for has 8-bit dot products; None: as this one."""
 
     @property
     def symmetric(self) -> bool:
@@ -39,10 +43,15 @@ class Target:
         """Whether it takes activation scales at run time on this CPU: rows it rounds with dot products only."""
         return self.dynamic == "tensor" or (self.dynamic == "rows" and has_dot_products())
 
-    def weight_limit(self, reduce_range: bool | None = None) -> int:
-        """The largest code of a weight, 127 or 64; ``reduce_range`` None: 64 where sums would overflow on this CPU."""
-        reduced = self.overflows and not has_dot_products() if reduce_range is None else reduce_range
-        return REDUCED_RANGE if reduced else FULL_RANGE
+    @property
+    def overflows_here(self) -> bool:
+        """Whether engines for the CPU that it is on overflow on this one."""
+        return overflows(self.name, self.weight_limit())
+
+    def weight_limit(self) -> int:
+        """The largest code of a weight: 127, or 64 where sums would overflow on the CPU that the engine is for."""
+        able = has_dot_products() if self.dot_products is None else self.dot_products
+        return REDUCED_RANGE if self.overflows and not able else FULL_RANGE
 
 
 def has_dot_products() -> bool:
@@ -60,14 +69,22 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("onnxruntime", lopsided=0, quantizes_convolutions=False, dynamic="tensor", overflows=True),
-        Target("openvino", lopsided=1.25, quantizes_convolutions=True, dynamic="rows", overflows=True),
+        Target("openvino", lopsided=1.25, quantizes_convolutions=True, dynamic="rows", overflows=True, simulates=True),
         Target("tensorrt", lopsided=2, quantizes_convolutions=True, dynamic=None, overflows=False),
     )
 }
 
 
-def find_target(name: str) -> Target:
-    """The target called ``name``; ConfigError names the allowed ones."""
+def overflows(target: str, largest_code: int) -> bool:
+    """Whether sums of 8-bit products with weights of such codes overflow on this CPU."""
+    return largest_code > find_target(target).weight_limit()
+
+
+def find_target(name: str, *, dot_products: bool | None = None) -> Target:
+    """The target called ``name``, on a CPU with or without 8-bit dot products (None: this one).
+
+    ConfigError names the allowed names.
+    """
     if name not in TARGETS:
         raise ConfigError(f"target {name!r} is not one of {', '.join(TARGETS)}")
-    return TARGETS[name]
+    return replace(TARGETS[name], dot_products=dot_products)

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,15 +32,18 @@ from diffpress.export.parity import (
     compare,
     compare_resized,
     has_codes,
+    largest_code,
     moved_by_rounding,
+    open_built,
+    quantized_layers,
     tolerance_of,
 )
 from diffpress.export.replay import prove_cache
-from diffpress.export.session import has_bfloat16, missing_providers, open_session, runs_on_cpu
+from diffpress.export.session import has_bfloat16, missing_providers, runs_on_cpu
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan, argument_names
 from diffpress.progress import SILENT, Progress
-from diffpress.targets import find_target
+from diffpress.targets import TARGETS, find_target
 
 MANIFEST, BUFFERS = "diffpress.json", "buffers.safetensors"
 PARITY_CALLS = 8
@@ -67,10 +69,17 @@ def check_export(generator: Generator, settings: ExportConfig) -> None:
     """Refuse before any work what cannot be built.
 
     Raises ConfigError for a network that cannot be traced, for a free size where the generator has one, for a feature
-    cache that the denoiser or the target cannot have, for a provider that is not on this machine and for bfloat16 that
-    this does not compute in, MissingDependencyError for a run-time that is not installed.
+    cache that the denoiser or the target cannot have, for a provider that is not on this machine, for bfloat16 that
+    this does not compute in and for 8 bits whose sums would overflow here, MissingDependencyError for a run-time that
+    is not installed.
     """
-    find_target(settings.target)
+    target = find_target(settings.target, dot_products=settings.dot_products)
+    if target.overflows_here and not target.simulates:
+        able = ", ".join(name for name, other in TARGETS.items() if other.simulates)
+        raise ConfigError(
+            f"export: dot_products true, but this CPU has none (VNNI or AMX), and target {settings.target} would "
+            f"overflow here; allowed here: false, null; true for {able}"
+        )
     network = type(generator.denoiser).__name__
     if network in UNTRACEABLE:
         raise ConfigError(f"export: {network} computes with lengths of texts in Python, which torch cannot trace")
@@ -146,23 +155,6 @@ def export(
         opset_of(generator.denoiser, settings),
         (*(result[0] for result in results), *cached),
     )
-
-
-def quantized_layers(module: nn.Module) -> int:
-    """How many layers have inputs that the graph itself rounds to 8 bits."""
-    return len(_codes(module))
-
-
-def largest_code(module: nn.Module) -> int:
-    """The largest code of a weight in a product of two 8-bit tensors, without its sign; 0 where there is none."""
-    return max((int(codes.to(torch.int16).abs().max()) for codes in _codes(module)), default=0)
-
-
-def _codes(module: nn.Module) -> list[Tensor]:
-    """The weights of those layers."""
-    weights = ((layer, getattr(layer, "weight", None)) for layer in module.modules())
-    coded = [(layer, weight) for layer, weight in weights if weight is not None and weight.dtype == torch.int8]
-    return [weight for layer, weight in coded if not layer.activation.rows]  # type: ignore[union-attr]
 
 
 def opset_of(module: nn.Module, settings: ExportConfig) -> int:
@@ -305,15 +297,13 @@ def _prove(
     generator: Generator, part: Component, folder: Path, settings: ExportConfig, calls: list
 ) -> tuple[Parity, str, int]:
     path = folder / part.folder / "model.onnx"
-    session = open_session(
-        path, target=settings.target, providers=settings.providers, compute=settings.compute, trusted=True
-    )
+    module = getattr(generator.pipeline, part.attribute)
+    session = open_built(path, module, settings)
     check_compute(part.folder, session, settings.compute)
     wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
     first = part.flat_inputs()
     pairs = [(first, part.outputs), *(calls if part.role == "denoiser" else [])]
     pairs = [(with_masks(inputs, first), outputs) for inputs, outputs in pairs]
-    module = getattr(generator.pipeline, part.attribute)
     tolerance = tolerance_of(module, settings.compute)
     noise = partial(moved_by_rounding, Flat(module, part).eval(), compute=settings.compute)
     parity = compare(part.folder, session, pairs, tolerance=tolerance, noise=noise if has_codes(module) else None)

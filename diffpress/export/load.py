@@ -22,7 +22,7 @@ from diffpress.export.modules import CachedEngineDenoiser, EngineAutoencoder, En
 from diffpress.export.session import open_session
 from diffpress.generator import quiet_loading
 from diffpress.sampling import SamplingPlan, on_grid
-from diffpress.targets import find_target
+from diffpress.targets import find_target, overflows
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def load(
     root = root / "engine" if (root / "engine" / MANIFEST).is_file() else root
     manifest, index = _read(root / MANIFEST), _read(root / "model_index.json")
     providers = providers or manifest["export"]["providers"]
-    _warn_of_overflow(manifest)
+    code = manifest.get("largest_code", 0)
+    _warn_of_overflow(manifest["target"], code)
     parts: dict[str, Any] = {}
     policy = _policy(manifest)
     for part in manifest["parts"]:
@@ -52,6 +53,7 @@ def load(
                 target=manifest["target"],
                 providers=providers,
                 compute=manifest["export"].get("compute", "float32"),
+                largest_code=code if part["role"] == "denoiser" else 0,
                 trusted=trusted,
             )
             for piece in pieces
@@ -76,13 +78,14 @@ def load(
     return pipeline
 
 
-def _warn_of_overflow(manifest: dict[str, Any]) -> None:
-    """Of an engine that comes from a machine that can add up more than this one."""
-    limit = find_target(manifest["target"]).weight_limit()
-    if manifest.get("largest_code", 0) > limit:
+def _warn_of_overflow(target: str, code: int) -> None:
+    """Of an engine with weights up to ``code`` that is for a CPU that can add up more than this one."""
+    if overflows(target, code):
+        simulated = find_target(target).simulates
         logger.warning(
-            "built for a CPU with 8-bit dot products (VNNI or AMX), which this one lacks: sums can overflow, expect "
-            "worse pictures; quantize.int8 with reduce_range true runs on both"
+            "built for a CPU with 8-bit dot products (VNNI or AMX), which this one lacks: %s; an engine built with "
+            "export.dot_products false runs in 8 bits on both",
+            "it computes in float32 here, slower" if simulated else "sums can overflow, expect worse pictures",
         )
 
 

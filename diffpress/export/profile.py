@@ -17,8 +17,9 @@ from diffpress.errors import ConfigError, EngineError
 from diffpress.export.attribution import KINDS, Kind, Layer, attribute
 from diffpress.export.build import export_part
 from diffpress.export.components import find_components, flatten_inputs
+from diffpress.export.parity import open_built
 from diffpress.export.scopes import read_sources
-from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, Session, open_session
+from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, Session
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan
 
@@ -153,10 +154,7 @@ def open_denoiser(
     training = generator.denoiser.training
     export_part(generator, part, folder, settings)
     generator.denoiser.train(training)
-    path = folder / part.folder / "model.onnx"
-    session = open_session(
-        path, target=settings.target, providers=settings.providers, compute=settings.compute, trusted=True
-    )
+    session = open_built(folder / part.folder / "model.onnx", generator.denoiser, settings)
     return session, flatten_inputs(call.inputs)
 
 

@@ -15,8 +15,7 @@ from diffpress.caching import CachePolicy, CacheState, cached
 from diffpress.errors import ConfigError
 from diffpress.export.cut import OUTPUT, PIECES, eight_bit_products, piece_path
 from diffpress.export.modules import CachedEngineDenoiser
-from diffpress.export.parity import Parity, check_precision, compare, tolerance_of
-from diffpress.export.session import open_session
+from diffpress.export.parity import Parity, check_precision, compare, open_built, tolerance_of
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Call, Generator, SamplingPlan, argument_names, patched
 
@@ -45,10 +44,7 @@ def prove_cache(
     steps = _record(generator, policy, conditions, plan, 1 if settings.batch == "dynamic" else settings.batch)
     sessions = {}
     for piece in PIECES[policy.kind]:
-        path = piece_path(folder / name, piece)
-        sessions[piece] = open_session(
-            path, target=settings.target, providers=settings.providers, compute=settings.compute, trusted=True
-        )
+        sessions[piece] = open_built(piece_path(folder / name, piece), generator.denoiser, settings)
     engine = CachedEngineDenoiser(sessions, {}, argument_names(generator.denoiser), policy)
     calls = ((step.call.inputs, {OUTPUT: step.call.output}) for step in steps)
     parity = compare(
@@ -111,6 +107,7 @@ class _Follower:
         self.engine, self.steps = engine, steps
         self.inputs: dict[str, torch.dtype] = {}
         self.outputs, self.provider = [OUTPUT], engine.session.provider
+        self.simulated = engine.session.simulated
 
     def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         step = next(self.steps)

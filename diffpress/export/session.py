@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffpress.errors import EngineError, MissingDependencyError
 from diffpress.export.trace import Trace, in_turns, onnxruntime_nodes, openvino_fact, openvino_nodes
-from diffpress.targets import find_target
+from diffpress.targets import find_target, overflows
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class Session(Protocol):
     outputs: list[str]
     provider: str
     """Run-time and provider or device that really execute, such as "ONNX Runtime 1.31.1, CPUExecutionProvider"."""
+    simulated: bool
+    """Whether 8-bit products are computed in float32."""
 
     def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Outputs in the order of ``outputs``. Raises EngineError for a shape the engine was not built for."""
@@ -125,7 +127,7 @@ class OnnxRuntimeSession:
             raise EngineError(
                 f"provider {', '.join(missing)} is not available; this onnxruntime has {', '.join(available)}"
             )
-        self.path = path
+        self.path, self.simulated = path, False
         try:
             self._session = onnxruntime.InferenceSession(str(path), _ort_options(), providers=wanted)
         except _ORT_ERRORS as error:
@@ -202,8 +204,9 @@ class OpenVinoSession:
         providers: Sequence[str] | None = None,
         compute: str = "float32",
         static_shapes: int = 2,
+        simulated: bool = False,
     ) -> None:
-        """``compute``: precision of what is not in 8 bits, float32 or bfloat16.
+        """``compute``: precision of what is not in 8 bits, float32 or bfloat16; ``simulated``: 8-bit products too.
 
         A CPU without bfloat16 computes in float32; ``provider`` says which. Raises MissingDependencyError without
         openvino, EngineError for a device that is not there.
@@ -222,7 +225,9 @@ class OpenVinoSession:
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         if {"CPU", "AUTO"} & set(devices):
             self._settings["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-        self.path, self._static_shapes = path, static_shapes
+        if simulated:  # quantize, dequantize and multiply as the graph says
+            self._core.set_property("CPU", {"LP_TRANSFORMS_MODE": False})
+        self.path, self._static_shapes, self.simulated = path, static_shapes, simulated
         try:
             model = self._core.read_model(str(path))
         except RuntimeError as error:
@@ -230,6 +235,7 @@ class OpenVinoSession:
         self.inputs = {item.any_name: getattr(torch, _torch_name(item.element_type)) for item in model.inputs}
         self.outputs = [item.any_name for item in model.outputs]
         self.provider = f"OpenVINO {openvino.__version__.split('-')[0]}, {self._device}, {precision}"
+        self.provider += ", 8 bits simulated" if simulated else ""
         self._free = any(item.partial_shape.is_dynamic for item in model.inputs)
         self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
         if not self._free:
@@ -312,16 +318,19 @@ def open_session(
     target: str,
     providers: Sequence[str] | None = None,
     compute: str = "float32",
+    largest_code: int = 0,
     trusted: bool = False,
 ) -> Session:
     """The engine file ``path`` on the run-time of ``target``.
 
-    ``compute``: precision of what is not in 8 bits, where the run-time decides that (OpenVINO). ``trusted`` lets a
-    TensorRT engine bring its own code.
+    ``compute``: precision of what is not in 8 bits, where the run-time decides that (OpenVINO). ``largest_code`` of its
+    weights: where sums with it overflow on this CPU, OpenVINO simulates them. ``trusted`` lets a TensorRT engine bring
+    its own code.
     """
-    find_target(target)
     if target == "openvino":
-        return OpenVinoSession(path, providers=providers, compute=compute)
+        simulated = overflows(target, largest_code)
+        return OpenVinoSession(path, providers=providers, compute=compute, simulated=simulated)
+    find_target(target)
     if target == "tensorrt":
         from diffpress.export.tensorrt import TensorRTSession
 

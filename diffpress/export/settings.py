@@ -29,6 +29,8 @@ class ExportConfig:
     """Execution providers or devices of the run-time in order of preference; null: the target's default. OpenVINO takes one, such as ``AUTO:GPU,CPU``; TensorRT too, such as ``cuda:0``."""  # noqa: E501
     compute: Literal["float32", "bfloat16"] = "float32"
     """Precision of what is not in 8 bits; bfloat16 for OpenVINO on CPUs that have it."""
+    dot_products: bool | None = None
+    """Whether the CPU that the engine is for adds up products of 8-bit numbers in 32 bits (x86 with VNNI or AMX, Arm); null: as this one does. false: weights from -64 to 64, right on every CPU. true where this one does not: the engine computes in float32 here, as exact and not as fast; for OpenVINO."""  # noqa: E501
     timesteps: Literal["any", "plan"] = "any"
     """plan: what the denoiser computes from the timestep alone becomes a table, and the engine takes no other timesteps than those of the recipe's sampling plan."""  # noqa: E501
     version_compatible: bool = False
@@ -42,6 +44,8 @@ class ExportConfig:
             raise ValueError("height and width go together: give both, or neither")
         if self.version_compatible and self.target != "tensorrt":
             raise ValueError(f"version_compatible is for target tensorrt; target is {self.target}")
+        if self.dot_products is not None and self.target == "tensorrt":
+            raise ValueError("dot_products is for targets onnxruntime and openvino; target is tensorrt")
         if self.compute != "float32" and self.target != "openvino":
             raise ValueError(f"compute {self.compute} is for target openvino; target is {self.target}")
         if self.target != "onnxruntime" and len(self.providers or ()) > 1:

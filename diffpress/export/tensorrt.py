@@ -292,7 +292,7 @@ class TensorRTSession:
         tensorrt, EngineError without a CUDA device or for a file of another TensorRT version or GPU.
         """
         self._trt = trt = _import_tensorrt()
-        self._path, self._device = path, _cuda_device(providers)
+        self._path, self._device, self.simulated = path, _cuda_device(providers), False
         if not path.is_file():
             raise EngineError(f"{path} is not there; build it from the ONNX file")
         with torch.cuda.device(self._device):

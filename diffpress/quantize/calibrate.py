@@ -32,7 +32,7 @@ def observe_ranges(layers: Mapping[str, nn.Module], generator: Generator, contex
 def layer_errors(
     generator: Generator, layers: dict[str, nn.Module], twins: dict[str, QuantizedLayer], context: Context
 ) -> dict[str, float]:
-    """||Q(layer)(x) - layer(x)|| / ||layer(x)||, each layer alone, over one small sampling run."""
+    """||Q(layer)(x) - layer(x)|| / ||layer(x)||, each layer alone, over one small sampling run of unseen noise."""
     totals = {name: [0.0, 0.0] for name in layers}
 
     def compare(name: str) -> Any:
@@ -43,16 +43,8 @@ def layer_errors(
         return hook
 
     handles = [layer.register_forward_hook(compare(name)) for name, layer in layers.items()]
-    few = min(SENSITIVITY_SAMPLES, len(context.conditions))
     try:
-        generator.sample(
-            context.conditions[:few],
-            seeds=context.seeds[:few],
-            plan=context.plan,
-            batch_size=few,
-            progress=context.progress,
-            label="Measuring each layer's error",
-        )
+        context.unseen(SENSITIVITY_SAMPLES).run(generator, "Measuring each layer's error")
     finally:
         for handle in handles:
             handle.remove()

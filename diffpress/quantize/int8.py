@@ -67,9 +67,6 @@ class Int8Config:
     """Layers to leave in float besides the sensitive ones: names in the denoiser, with * as wildcard."""
     split_skips: bool = True
     """Give each half of a U-Net's skip concatenation its own range where a convolution reads it; exact."""
-    reduce_range: bool | None = None
-    """Codes of weights from -64 to 64 and not to 127, so that sums of products stay in range on an x86 CPU without
-    8-bit dot products (VNNI); null: where the target needs it on this CPU."""
     rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
     """nearest: each weight alone; gptq: later columns make up for the error of earlier ones, on quantized inputs;
     adaround: up or down is trained, and each output keeps what is best of the three."""
@@ -162,6 +159,11 @@ class Int8:
             raise ConfigError(
                 f"quantize.int8: target {target.name} runs no 8-bit convolutions; targets that do: {able}"
             )
+        if self.config.budget and target.overflows_here:
+            raise ConfigError(
+                "quantize.int8: a budget needs latencies of the CPU that the engine is for, and by export.dot_products "
+                "that is not this one; allowed: no budget, or dot_products false or null"
+            )
         if any(isinstance(module, QuantizedLayer) for module in generator.denoiser.modules()):
             raise ConfigError("quantize.int8: the denoiser is quantized already")
         if not self.layers(generator.denoiser, target):
@@ -207,7 +209,7 @@ class Int8:
         metadata = {
             "target": context.target.name,
             "splits": splits,
-            "weight_limit": context.target.weight_limit(self.config.reduce_range),
+            "weight_limit": context.target.weight_limit(),
             "layers": {name: _describe(layers[name]) for name in names if precisions[name] != "float"},
             "precision": precisions,
             "sensitivity": alone,

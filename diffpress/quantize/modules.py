@@ -68,7 +68,7 @@ class Activation(nn.Module):
 
     The codes have the type of ``zero_point``, which comes with the range, or with stored weights. ``rows``: dynamic on
     a target whose run-time rounds each row in blocks; then the graph has the input in float. ``weight_limit``: the
-    largest code of a weight whose products with these codes the target can add up on this CPU.
+    largest code of a weight whose products with these codes the target can add up.
     """
 
     scale: Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import sqrt
@@ -17,11 +16,11 @@ from diffpress.stage import Context
 
 
 def probe_calls(generator: Generator, context: Context, count: int) -> list[Call]:
-    """``count`` calls, or all, spread over a sampling run of a few pictures, with both guidance branches (`record`)."""
-    few = dataclasses.replace(
-        context, conditions=context.conditions[:SENSITIVITY_SAMPLES], seeds=context.seeds[:SENSITIVITY_SAMPLES]
-    )
-    return record(generator, few, count, "Quantization: recording denoiser calls")
+    """``count`` calls, or all, spread over a sampling run of a few pictures, with both guidance branches (`record`).
+
+    Of noise that nothing was fitted to.
+    """
+    return record(generator, context.unseen(SENSITIVITY_SAMPLES), count, "Quantization: recording denoiser calls")
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def make_twins(
     Raises ConfigError where rounding is trained and ``context`` has no folder for that.
     """
     layers = {name: layers[name] for name in activations}
-    limit = context.target.weight_limit(config.reduce_range)
+    limit = context.target.weight_limit()
     rounded = {}
     if config.rounding != "nearest" or config.refit or config.bias_correction:
         rounded = _rounded(generator, layers, leaders, activations, context, config, limit)

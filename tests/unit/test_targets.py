@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffpress import targets
-from diffpress.targets import FULL_RANGE, REDUCED_RANGE, TARGETS, has_dot_products
+from diffpress.targets import FULL_RANGE, REDUCED_RANGE, TARGETS, find_target, has_dot_products, overflows
 
 WITHOUT = {"architecture": "x86_64", "avx2": True, "avx512_f": True}
 
@@ -37,9 +37,20 @@ def test_what_follows_from_that(monkeypatch, has):
     assert {name for name, target in TARGETS.items() if target.dynamic_here} == {"onnxruntime"} | (
         {"openvino"} if has else set()
     )
-    for target in TARGETS.values():
-        assert target.weight_limit(reduce_range=True) == REDUCED_RANGE
-        assert target.weight_limit(reduce_range=False) == FULL_RANGE
+    for name, target in TARGETS.items():
+        assert find_target(name) == target
+        for limit in (FULL_RANGE, REDUCED_RANGE):
+            assert overflows(name, limit) == (limit > target.weight_limit())
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_a_target_on_another_cpu(monkeypatch, has):
+    monkeypatch.setattr(targets, "has_dot_products", lambda: has)
+    for name, least in {"onnxruntime": REDUCED_RANGE, "openvino": REDUCED_RANGE, "tensorrt": FULL_RANGE}.items():
+        assert find_target(name, dot_products=True).weight_limit() == FULL_RANGE
+        assert find_target(name, dot_products=False).weight_limit() == least
+        assert find_target(name, dot_products=True).overflows_here == (not has and name != "tensorrt")
+        assert not find_target(name, dot_products=False).overflows_here
 
 
 def test_two_products_fit_in_16_bits():

@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from families import lumina2, make
 
+from diffpress import targets
 from diffpress.errors import (
     ArtifactError,
     ConfigError,
@@ -31,15 +32,15 @@ from diffpress.generator import Generator
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation
 from diffpress.sampling import SamplingPlan
-from diffpress.targets import Target, find_target
+from diffpress.targets import find_target
 
 
-def build_int8(folder, output, context, target, size="static"):
+def build_int8(folder, output, context, target, size="static", dot_products=None):
     """(fake-quantized generator, what was built)."""
     generator = Generator.load(folder)
-    given = context(generator, target)
+    given = dataclasses.replace(context(generator), target=find_target(target, dot_products=dot_products))
     Int8(Int8Config()).apply(generator, given)
-    settings = ExportConfig(target=target, size=size)
+    settings = ExportConfig(target=target, size=size, dot_products=dot_products)
     built = export(generator, output, settings, plan=given.plan, conditions=given.conditions)
     return generator, built
 
@@ -287,6 +288,18 @@ def test_bfloat16_that_the_machine_lacks_is_refused_first(dit, monkeypatch, devi
         check_export(dit, settings)
 
 
+def test_8_bits_that_would_overflow_here_are_refused_first(dit, monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(targets, "has_dot_products", lambda has=has: has)
+        for chosen in (None, False, *([True] if has else [])):
+            check_export(dit, ExportConfig(dot_products=chosen))
+        check_export(dit, ExportConfig(target="openvino", dot_products=True))
+    with pytest.raises(ConfigError, match=r"dot_products true, but this CPU has none.*; true for openvino"):
+        check_export(dit, ExportConfig(dot_products=True))
+    with pytest.raises(ValueError, match="dot_products is for targets onnxruntime and openvino; target is tensorrt"):
+        ExportConfig(target="tensorrt", dot_products=True)
+
+
 def test_a_target_that_takes_one_device_refuses_two():
     assert ExportConfig(providers=("CUDAExecutionProvider", "CPUExecutionProvider")).providers
     with pytest.raises(ValueError, match=r"providers \['GPU', 'CPU'\]: target openvino takes one device"):
@@ -314,15 +327,28 @@ def warnings_in(caplog):
     return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
 
-@pytest.mark.parametrize(("limit", "warned"), [(64, True), (127, False)])
-def test_an_engine_of_a_cpu_that_can_more_is_warned_of(dit_built, tmp_path, caplog, monkeypatch, limit, warned):
+@pytest.mark.parametrize("has", [False, True])
+def test_an_engine_of_a_cpu_that_can_more_is_warned_of(dit_built, tmp_path, caplog, monkeypatch, has):
     folder = shutil.copytree(dit_built[1].folder, tmp_path / "engine")
     manifest = json.loads((folder / build.MANIFEST).read_text())
     assert manifest["largest_code"] == find_target("onnxruntime").weight_limit()
     (folder / build.MANIFEST).write_text(json.dumps(manifest | {"largest_code": 127}))
-    monkeypatch.setattr(Target, "weight_limit", lambda self: limit)
+    monkeypatch.setattr(targets, "has_dot_products", lambda: has)
     load(folder)
-    assert any("sums can overflow" in text for text in warnings_in(caplog)) == warned
+    assert any("sums can overflow" in text for text in warnings_in(caplog)) == (not has)
+
+
+@pytest.mark.slow
+def test_an_engine_for_a_cpu_that_can_more_is_exact_here(
+    ddpm_folder, context, plan, relative, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(targets, "has_dot_products", lambda: False)
+    built = build_int8(ddpm_folder, tmp_path / "engine", context, "openvino", dot_products=True)
+    assert built[1].quantized_layers > built[1].quantized_ops == 0
+    assert "8 bits simulated" in built[1].provider
+    assert json.loads((built[1].folder / build.MANIFEST).read_text())["largest_code"] == 127
+    assert_same_pictures(built, ddpm_folder, plan, relative)
+    assert any("it computes in float32 here, slower" in text for text in warnings_in(caplog))
 
 
 def test_a_distilled_engine_is_sampled_as_it_was_distilled(dit_built, tmp_path, caplog):

@@ -14,8 +14,8 @@ class Fake:
 
     provider, outputs, inputs = "a fake", ["y"], {"x": torch.float32}
 
-    def __init__(self, output=EXPECTED, ops=0):
-        self.output, self.ops = output, ops
+    def __init__(self, output=EXPECTED, ops=0, simulated=False):
+        self.output, self.ops, self.simulated = output, ops, simulated
 
     def __call__(self, inputs):
         return [self.output]
@@ -93,6 +93,7 @@ def test_precision_that_is_not_in_the_graph():
     assert check_precision("unet", Fake(ops=3), 3) == 3
     with pytest.raises(PrecisionError, match=r"4 layers were quantized, but only 3 products .*\(a fake\)"):
         check_precision("unet", Fake(ops=3), 4)
+    assert check_precision("unet", Fake(simulated=True), 4) == 0
 
 
 class OfOneSize(Fake):

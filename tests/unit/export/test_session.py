@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import nn
 
+from diffpress import targets
 from diffpress.errors import ConfigError, EngineError, MissingDependencyError, PrecisionError
 from diffpress.export.graph import export_graph
 from diffpress.export.parity import check_compute, check_precision
 from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, missing_providers, open_session
 from diffpress.quantize.modules import Activation, quantized
-from diffpress.targets import TARGETS
+from diffpress.targets import TARGETS, find_target, has_dot_products
 
 TARGET = TARGETS["onnxruntime"]
+CLOSE = 1e-3  # a few values fall on the other side of a rounding
+FOR_VNNI = find_target("openvino", dot_products=True)
 SESSIONS = pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 INPUTS = {
     "x": torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)),
@@ -88,6 +91,40 @@ def test_precision_is_counted_in_the_built_graph(files, target):
     assert check_precision("part", open_session(files["int8"], target=target), 1) == 1
     with pytest.raises(PrecisionError, match="1 layers were quantized, but only 0 products"):
         check_precision("part", open_session(files["float"], target=target), 1)
+
+
+class Saturating(nn.Module):
+    """Codes of inputs and weights at the ends of their ranges: pairs of products do not fit in 16 bits."""
+
+    def __init__(self):
+        super().__init__()
+        layer, activation = nn.Linear(64, 8, bias=False), Activation(FOR_VNNI)
+        nn.init.constant_(layer.weight, 0.5)
+        activation.set_range(0.0, 1.0, FOR_VNNI)
+        self.product = quantized(layer, activation)
+
+    def forward(self, *tensors):
+        return self.product(tensors[0])
+
+
+@pytest.mark.parametrize(("free", "device"), [(False, "CPU"), (True, "CPU"), (False, "AUTO:CPU")])
+def test_openvino_simulates_sums_that_would_overflow(tmp_path, monkeypatch, relative, free, device):
+    path, inputs = tmp_path / "model.onnx", {"x": torch.linspace(0.5, 1, 3 * 64).reshape(3, 64)}
+    axes = {"x": {0: "batch"}} if free else {}
+    module = Saturating().eval()
+    export_graph(module, inputs, ["y"], path, free=axes, opset=20)
+    expected = module(*inputs.values())
+    here = has_dot_products()
+    assert (relative(open_session(path, target="openvino")(inputs)[0], expected) < CLOSE) == here
+    for has in (True, False):
+        monkeypatch.setattr(targets, "has_dot_products", lambda has=has: has)
+        for code in (64, 127):
+            session = open_session(path, target="openvino", providers=[device], largest_code=code)
+            assert session.simulated == (code == 127 and not has) == ("simulated" in session.provider)
+            if session.simulated:
+                assert relative(session(inputs)[0], expected) < CLOSE
+            assert session.quantized_ops() == (not session.simulated)
+    assert not open_session(path, target="onnxruntime", largest_code=127).simulated  # which cannot
 
 
 @SESSIONS

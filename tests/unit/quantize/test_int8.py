@@ -16,7 +16,7 @@ from diffpress.quantize.adaround import AdaRoundSettings
 from diffpress.quantize.calibrate import SENSITIVITY_SAMPLES
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
-from diffpress.targets import TARGETS
+from diffpress.targets import TARGETS, find_target
 
 ONNXRUNTIME, OPENVINO, TENSORRT = (TARGETS[name] for name in ("onnxruntime", "openvino", "tensorrt"))
 
@@ -66,14 +66,24 @@ def test_check_refuses_ranges_at_run_time_that_the_cpu_would_not_take(dit, monke
         stage.check(dit, OPENVINO)
 
 
+def test_check_refuses_a_budget_for_another_cpu(dit, monkeypatch):
+    monkeypatch.setattr(targets, "has_dot_products", lambda: False)
+    target = find_target("openvino", dot_products=True)
+    Int8(Int8Config()).check(dit, target)
+    Int8(Int8Config(error=0.01)).check(dit, find_target("openvino"))
+    with pytest.raises(ConfigError, match="a budget needs latencies of the CPU that the engine is for"):
+        Int8(Int8Config(error=0.01)).check(dit, target)
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround"])
-@pytest.mark.parametrize(("reduce_range", "limit"), [(True, 64), (False, 127), (None, 64)])
-def test_the_range_of_weights(dit_folder, context, monkeypatch, tmp_path, reduce_range, limit, rounding):
-    """Null on a CPU without 8-bit dot products."""
+@pytest.mark.parametrize(("dot_products", "limit"), [(False, 64), (True, 127), (None, 64)])
+def test_the_range_of_weights(dit_folder, context, monkeypatch, tmp_path, dot_products, limit, rounding):
+    """None on a CPU without 8-bit dot products."""
     monkeypatch.setattr(targets, "has_dot_products", lambda: False)
     generator = Generator.load(dit_folder)
-    given = dataclasses.replace(context(generator), work=tmp_path)
-    config = Int8Config(reduce_range=reduce_range, rounding=rounding, adaround=AdaRoundSettings(steps=20))
+    target = find_target("onnxruntime", dot_products=dot_products)
+    given = dataclasses.replace(context(generator), target=target, work=tmp_path)
+    config = Int8Config(rounding=rounding, adaround=AdaRoundSettings(steps=20))
     applied = Int8(config).apply(generator, given)
     layers = [module for module in generator.denoiser.modules() if isinstance(module, QuantizedLayer)]
     assert {int(layer.weight.abs().amax()) for layer in layers} == {limit}
@@ -127,9 +137,13 @@ def test_ranges_hold_zero_and_all_that_was_seen(dit, context, target):
 
     stage, given = Int8(Int8Config(observer="minmax")), context(dit, target)
     layers = stage.layers(dit.denoiser, given.target)
-    for name, layer in layers.items():
+    handles = [
         layer.register_forward_pre_hook(lambda module, args, name=name: hook(module, args, name))
+        for name, layer in layers.items()
+    ]
     given.run(dit, "")
+    for handle in handles:
+        handle.remove()
     stage.apply(dit, given)
     for name, (low, high) in seen.items():
         activation = dit.denoiser.get_submodule(name).activation
@@ -143,10 +157,10 @@ def test_ranges_hold_zero_and_all_that_was_seen(dit, context, target):
 
 
 def test_sensitivity_is_the_error_of_one_layer_alone(dit, context):
-    name, inputs, given = "transformer_blocks.1.ff.net.2", [], context(dit, count=SENSITIVITY_SAMPLES)
+    name, inputs, given = "transformer_blocks.1.ff.net.2", [], context(dit)
     layer = dit.denoiser.get_submodule(name)
     handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
-    given.run(dit, "")
+    given.unseen(SENSITIVITY_SAMPLES).run(dit, "")
     handle.remove()
     applied = Int8(Int8Config()).apply(dit, given)
     sensitivity = applied.metadata["sensitivity"]

@@ -1,5 +1,6 @@
 """The error of the output with one layer quantized: by hand, over the whole schedule, and how well errors add up."""
 
+import dataclasses
 import math
 
 import pytest
@@ -49,6 +50,20 @@ def test_error_is_of_the_output_with_this_layer_alone(dit, context):
     with swapped(dit.denoiser, twins):
         assert relative(outputs(dit.denoiser, calls), exact) > 1.2 * expected  # control: all of them are another number
     assert torch.equal(outputs(dit.denoiser, calls), exact)
+
+
+def states(calls):
+    return {row.numpy().tobytes() for call in calls for row in call.inputs["hidden_states"]}
+
+
+def test_errors_are_of_noise_that_nothing_was_fitted_to(dit, context):
+    given = context(dit)
+    fitted = states(dit.record(given.conditions, seeds=given.seeds, plan=given.plan))
+    earlier = dataclasses.replace(given, seeds=[seed + 10 - len(given.seeds) for seed in given.seeds])
+    assert not states(probe_calls(dit, given, 9)) & fitted
+    later = dataclasses.replace(given, seeds=[seed + 10 for seed in given.seeds])
+    fitted = states(dit.record(given.conditions, seeds=later.seeds, plan=given.plan))
+    assert states(probe_calls(dit, earlier, 9)) & fitted  # control: calibrated on what those probe
 
 
 @pytest.mark.parametrize(("family", "target"), [("dit", "onnxruntime"), ("sd", "openvino")])

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from diffpress.errors import ParityError
 from diffpress.export import ExportConfig
-from diffpress.export.build import opset_of, quantized_layers
+from diffpress.export.build import opset_of
 from diffpress.export.graph import export_graph
-from diffpress.export.parity import compare
+from diffpress.export.parity import compare, quantized_layers
 from diffpress.export.session import open_session
 from diffpress.quantize.modules import round_rows
 from diffpress.quantize.weight_only import (
