@@ -47,7 +47,7 @@ def weights(**settings: object) -> dict:
 SMOOTH = {"quantize.smooth": {"alpha": 0.5}}
 SEARCH = {"quantize.smooth": {"alpha": "search"}}
 ONLINE = {"quantize.smooth": {"alpha": "search", "online": 0.1}}
-SMOOTHED = "the recipe's quantize.smooth, if it has one"
+SMOOTHED, OWN = "the recipe's quantize.smooth, if it has one", "the recipe's stages"
 REPARAM: dict = {"quantize.reparam": {}}
 WHOLE = {"observer": "mse", "split_skips": False}  # convolutions read a skip concatenation as one tensor
 GPTQ = {"observer": "mse", "rounding": "gptq", "bias_correction": True}
@@ -101,7 +101,7 @@ def width(share: float) -> dict[str, list[dict]]:
     }
 
 
-def caches() -> dict[str, list[dict]]:
+def caches() -> dict[str, list[dict | str]]:
     """Caches by their error budget, and what they compete with: fewer steps, spaced about as well as can be."""
     return {
         f"{method}, error {error:g}": [{"prune.steps": {"method": method, "error": error}}]
@@ -135,10 +135,10 @@ def within(stages: list[dict], error: float) -> list[dict]:
     return [{name: stage[name] | {"error": error}} if name in stage else stage for stage in stages]
 
 
-def with_smoothing(stages: Sequence[dict | str], recipe: dict) -> list[dict]:
-    """``stages`` with the recipe's own smoothing, if it has any, where they ask for it."""
-    own = [stage for stage in recipe["stages"] if "quantize.smooth" in stage]
-    return [chosen for stage in stages for chosen in (own if isinstance(stage, str) else [stage])]
+def filled(stages: Sequence[dict | str], recipe: dict) -> list[dict]:
+    """``stages`` with those of the recipe, or with its smoothing if it has any, where they ask for them."""
+    own = {OWN: recipe["stages"], SMOOTHED: [stage for stage in recipe["stages"] if "quantize.smooth" in stage]}
+    return [chosen for stage in stages for chosen in (own[stage] if isinstance(stage, str) else [stage])]
 
 
 NOTHING: dict[str, list[dict]] = {"nothing removed": []}
@@ -146,7 +146,10 @@ KINDS: dict[str, Mapping[str, Sequence[dict | str] | float | None]] = {
     "quantize": QUANTIZE,
     "budget": {"min-max": QUANTIZE["min-max"], "all in 8 bits": None}
     | {f"error at most {error:g}": error for error in (0.012, 0.01, 0.008, 0.006)},
-    "cache": NOTHING | caches(),
+    "cache": NOTHING
+    | caches()
+    | {"8 bits": None}
+    | {f"8 bits, {name}": [OWN, *stages] for name, stages in caches().items()},
     "depth": NOTHING | depth(0.25) | depth(0.5),
     "width": NOTHING | width(0.75) | width(0.5),
     "schedule": NOTHING | schedules(),
@@ -174,7 +177,7 @@ def measure(kind: str, variant: str, recipe: dict, args: argparse.Namespace, fol
     stages = KINDS[kind][variant]
     if isinstance(stages, float):
         stages = within(recipe["stages"], stages)
-    stages = recipe["stages"] if stages is None else with_smoothing(stages, recipe)
+    stages = recipe["stages"] if stages is None else filled(stages, recipe)
     after = [] if args.recover is None else [recovery(args.recover, folder / "pairs")]
     result = diffpress.compress(
         recipe["model"],
@@ -219,9 +222,11 @@ def plot(data: dict, image: Path) -> None:
     axes = figure.add_subplot()
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for name, row in data["variants"].items():
-        if name in NOTHING:
+        group, _, label = name.rpartition(", ")
+        if name.endswith(" steps"):
+            group = f"{group}, fewer steps" if group else "fewer steps"
+        if not group:  # nothing removed, 8 bits
             continue
-        group, label = ("fewer steps", name) if name.endswith(" steps") else name.split(", ")
         error, speedup = row["latent relative error"]["value"], row["speed-up of a whole image"]["value"]
         lines.setdefault(group, []).append((speedup, error, label.removeprefix("error ")))
     for group, points in lines.items():
