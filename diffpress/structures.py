@@ -128,7 +128,8 @@ def _heads(name: str, module: Any) -> Structure | None:
         raise ConfigError(f"{name} has fused projections; allowed: call unfuse_qkv_projections first")
     if isinstance(getattr(module, "processor", None), nn.Module):
         raise ConfigError(f"{name} has an adapter, a {type(module.processor).__name__}; allowed: none")
-    outputs = {f"{name}.to_out.0": (getattr(module, "to_out", None) or [None])[0]}
+    projections = getattr(module, "to_out", None)
+    outputs = {f"{name}.to_out.0": projections[0] if isinstance(projections, nn.ModuleList) else None}
     outputs[f"{name}.to_add_out"] = getattr(module, "to_add_out", None)
     consumers = {key: layer for key, layer in outputs.items() if layer is not None}
     made = {key: getattr(module, key, None) for key in _PROJECTIONS}

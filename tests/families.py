@@ -416,6 +416,12 @@ def zimage():
     )
 
 
+_DEEPER = {
+    "num_layers": 4,
+    "num_mmdit_layers": 2,
+    "num_single_dit_layers": 3,
+    "num_single_layers": 3,
+}
 FAMILIES = {
     "sdxl": sdxl,
     "pixart": pixart,
@@ -428,6 +434,15 @@ FAMILIES = {
     "hunyuan": hunyuan,
     "cogview4": cogview4,
 }
+
+
+def deeper(name):
+    """The family's pipeline with several blocks of each kind, as the real ones have."""
+    pipeline = make(name)
+    config = pipeline.transformer.config
+    counts = {entry: count for entry, count in _DEEPER.items() if entry in config}
+    pipeline.transformer = fill_zeros(type(pipeline.transformer).from_config({**config, **counts}))
+    return pipeline
 
 
 def make(name):

@@ -41,8 +41,8 @@ from diffpress.distill.student import (
     Conditions,
     Teacher,
     adopt,
-    check_grid,
-    check_teacher,
+    adopt_on,
+    check_guidance,
     collect,
     held_out_error,
     outcome,
@@ -123,6 +123,7 @@ class ConsistencyLoss:
 
     samples: Tensor
     """float32 [n, c, ...]."""
+    conditions: Conditions
     teacher: Teacher
     scale: float
     """Guidance of the teacher, s in u + s (c - u)."""
@@ -206,8 +207,7 @@ class ConsistencyLoss:
 
     def pair(self, network: nn.Module, x_t: Tensor, at: At, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(x_0, eps) of a network's conditional branch."""
-        conditions = self.teacher.conditions
-        given = conditions.conditional.rows(conditions.index[rows]).to(x_t.device)
+        given = self.conditions.conditional.rows(self.conditions.index[rows]).to(x_t.device)
         return self.split(denoise(network, x_t, at.told, given).float(), x_t, at)
 
     def split(self, output: Tensor, x_t: Tensor, at: At) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ class Consistency:
         """Raises ConfigError for a solver that is not deterministic, a teacher or a pipeline that cannot do it."""
         schedule = generator.schedule
         check_solver(generator, self.config.pairs.scheduler)
-        check_teacher(generator, self.config.pairs)
+        check_guidance(generator, self.config.pairs)
         if self.config.renoises:
             self._check_renoising(generator, schedule)
 
@@ -257,16 +257,15 @@ class Consistency:
         batch_size = settings.pairs.batch_size
         before = held_out_error(generator, held_out, plan, batch_size=batch_size)
         conditions, schedule = Conditions.of(generator, train, plan), student.schedule_of(generator, train)
-        teacher, scale = Teacher.of(generator, conditions), plan.guidance_scale
-        adopt(generator, calls)
-        plan = generator.plan_for(plan)
-        levels = self._levels(generator, schedule, conditions.unique[0], plan)
-        solver = generator.pipeline.scheduler
-        metadata = self._sampled(generator)
+        teacher, scale = Teacher.of(generator, conditions, train, plan), plan.guidance_scale
+        levels, metadata = self._adopted(generator, schedule, conditions.unique[0], plan)
+        plan, solver = generator.plan_for(plan), generator.pipeline.scheduler
+        if settings.renoises:
+            metadata = self._renoised(generator)
         average = copy.deepcopy(teacher.network) if settings.target_ema else None
         fitted = fit(
             generator.denoiser,
-            ConsistencyLoss(train.states[:, -1], teacher, scale, levels, schedule, settings, average),
+            ConsistencyLoss(train.states[:, -1], conditions, teacher, scale, levels, schedule, settings, average),
             settings.training,
             seed=context.train_seed,
             key=fingerprint(dataclasses.asdict(settings)),
@@ -281,20 +280,23 @@ class Consistency:
         judged = ", judged by its first call alone" if settings.renoises else ""
         return Applied(generator, metadata | facts, f"{settings.steps}-step student{judged}, {sentence}")
 
-    def _levels(self, generator: Generator, schedule: Schedule, condition: Any, plan: SamplingPlan) -> tuple[Edge, ...]:
-        """The grid that the student's solver visits in as many steps; ConfigError where its few are not among them."""
-        grid = self.config.grid
-        times = trajectory(generator, [condition], seeds=[0], plan=dataclasses.replace(plan, steps=grid)).timesteps
-        levels = edges_of(schedule, times, grid)
-        check_grid(generator, levels[:: grid // self.config.phase_count], condition, plan)
-        return levels
+    def _adopted(
+        self, generator: Generator, schedule: Schedule, condition: Any, plan: SamplingPlan
+    ) -> tuple[tuple[Edge, ...], dict[str, Any]]:
+        """(the grid that the student's solver visits in as many steps, what `restore` needs).
 
-    def _sampled(self, generator: Generator) -> dict[str, Any]:
-        """Give the generator its final plan and solver; what `restore` needs."""
-        metadata = adopt(generator, self.config.steps)
-        if self.config.renoises:
-            metadata["renoising_grid"] = self.config.grid
-            renoise(generator, self.config.grid)
+        The generator becomes a student that is called where each phase of the grid begins.
+        """
+        grid = self.config.grid
+        adopt(generator, grid)
+        times = trajectory(generator, [condition], seeds=[0], plan=generator.plan_for(plan)).timesteps
+        levels = edges_of(schedule, times, grid)
+        return levels, adopt_on(generator, levels[:: grid // self.config.phase_count], condition, plan)
+
+    def _renoised(self, generator: Generator) -> dict[str, Any]:
+        """Sample with fresh noise between the calls; what `restore` needs."""
+        metadata = adopt(generator, self.config.steps) | {"renoising_grid": self.config.grid}
+        renoise(generator, self.config.grid)
         return metadata
 
     @staticmethod

@@ -24,13 +24,14 @@ from diffpress.distill.pairs import PairSettings, solver_plan
 from diffpress.distill.student import (
     Conditions,
     Teacher,
-    check_teacher,
+    check_guidance,
     collect,
     held_out_error,
     noised,
     outcome,
     previews,
     schedule_of,
+    told_scale,
 )
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, patched
@@ -124,8 +125,11 @@ class Guidance:
         """Raises ConfigError for a generator without guidance, or one that cannot be told a scale and should be."""
         generator.schedule  # noqa: B018 - an unknown forward process is refused here
         check_solver(generator, self.config.pairs.scheduler)
-        check_teacher(generator, self.config.pairs)
+        check_guidance(generator, self.config.pairs)
         pipeline, denoiser = generator.pipeline, generator.denoiser
+        if told := told_scale(denoiser):
+            name = type(denoiser).__name__
+            raise ConfigError(f"{name} is told the guidance scale ({told}); allowed: a network guided by a second call")
         if generator.conditioning_kind == "unconditional":
             raise ConfigError(f"{type(pipeline).__name__} has no guidance; allowed: a generator with conditions")
         if generator.plan is not None and generator.plan.guidance_scale <= 1:
@@ -151,7 +155,7 @@ class Guidance:
             raise ConfigError(f"{type(generator.pipeline).__name__} makes no second call for guidance: nothing to save")
         fewer, batch_size = max(1, plan.steps // 2), settings.pairs.batch_size
         before = held_out_error(generator, held_out, dataclasses.replace(plan, steps=fewer), batch_size=batch_size)
-        teacher, solver = Teacher.of(generator, conditions), generator.pipeline.scheduler
+        teacher, solver = Teacher.of(generator, conditions, train, plan), generator.pipeline.scheduler
         generator.pipeline.scheduler = own
         metadata = self._adopted(generator, context.plan, plan.guidance_scale)
         embed = scale_embedding(generator) if settings.scales else None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffpress.artifact import fingerprint
 from diffpress.config import config
-from diffpress.denoise import check_solver, denoise
+from diffpress.denoise import check_solver, denoise, trajectory
 from diffpress.diffusion import (
     Level,
     Schedule,
@@ -38,14 +38,12 @@ from diffpress.diffusion import (
     to_x0,
 )
 from diffpress.distill.decoded import Decoder, check_decoder
-from diffpress.distill.pairs import Pairs, PairSettings, solver_plan
+from diffpress.distill.pairs import Pairs, PairSettings, edges_of, solver_plan
 from diffpress.distill.student import (
     Conditions,
     Teacher,
-    adopt,
-    check_grid,
+    adopt_on,
     check_guidance,
-    check_teacher,
     collect,
     held_out_error,
     held_out_straightness,
@@ -269,8 +267,7 @@ class Reflow:
         """Raises ConfigError for a solver that is not deterministic; CheckpointError for an unknown schedule."""
         generator.schedule  # noqa: B018 - an unknown forward process is refused here
         check_solver(generator, self.config.pairs.scheduler)
-        # A network that is told its guidance learns what the teacher does when told that of the pairs, and is told 1.
-        (check_teacher if self.config.guided else check_guidance)(generator, self.config.pairs)
+        check_guidance(generator, self.config.pairs)
         if self.config.decoded:
             check_decoder(generator, self.config.pairs.scheduler)
 
@@ -282,11 +279,10 @@ class Reflow:
         plan = dataclasses.replace(solver_plan(settings.pairs, context.plan), steps=settings.steps)
         before = self._judged(generator, held_out, plan)  # by the teacher's own solver
         conditions, schedule = Conditions.of(generator, train, plan), schedule_of(generator, train)
-        finisher = Teacher.of(generator, conditions) if settings.guided else None
+        finisher = Teacher.of(generator, conditions, train, plan) if settings.guided else None
         decoder, scale = Decoder.of(generator) if settings.decoded else None, plan.guidance_scale
-        metadata = adopt(generator, settings.steps)
+        metadata = self._adopted(generator, conditions.unique[0], plan)
         plan = generator.plan_for(plan)
-        check_grid(generator, held_out.edges, conditions.unique[0], plan)
         loss = ReflowLoss(train, conditions, schedule, settings, finisher, scale, decoder)
         fitted = self._fit(generator, context, loss, plan)
         after = self._judged(generator, held_out, plan)
@@ -295,6 +291,12 @@ class Reflow:
             facts |= {"straightness": after[1], "teacher_straightness": before[1]}
             sentence += f"; straightness {after[1]:.4f}, the teacher's {before[1]:.4f}"
         return Applied(generator, metadata | facts, f"{settings.steps}-step student, {sentence}")
+
+    def _adopted(self, generator: Generator, condition: Any, plan: SamplingPlan) -> dict[str, Any]:
+        """Make it a student that is called where every so many steps of the teacher begin; what `restore` needs."""
+        many = dataclasses.replace(plan, steps=self.config.pairs.steps)
+        times = trajectory(generator, [condition], seeds=[0], plan=many).timesteps
+        return adopt_on(generator, edges_of(generator.schedule, times, plan.steps), condition, plan)
 
     def _judged(self, generator: Generator, held_out: Pairs, plan: SamplingPlan) -> tuple[Tensor, float | None]:
         """Held-out errors [n] by ``plan``; for rectified flow also how straight the paths are in the pairs' steps."""

@@ -20,6 +20,7 @@ from diffpress.diffusion import Level, Schedule, ddim, flow_time, guide, level, 
 from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, as_told, edges_of
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, switch_scheduler
+from diffpress.sampling import is_flow
 from diffpress.stage import Context
 from diffpress.training import Fitted
 
@@ -44,31 +45,51 @@ def first_order(scheduler: Any) -> Any:
     return trailing(scheduler, "DPMSolverMultistepScheduler", **_FIRST_ORDER)
 
 
-def adopt(generator: Generator, steps: int, *, guidance_scale: float = 1.0) -> dict[str, Any]:
+def adopt(
+    generator: Generator,
+    steps: int,
+    *,
+    guidance_scale: float = 1.0,
+    timesteps: Sequence[float] | None = None,
+) -> dict[str, Any]:
     """Make ``generator`` a student: first-order solver, ``steps`` calls; returns what `restore` needs.
 
-    ``guidance_scale`` is what the pipeline is called with: 1 where guidance is baked in.
+    ``guidance_scale`` is what the pipeline is called with: 1 where guidance is baked in. ``timesteps``: those of the
+    calls, where the solver's own are others.
     """
     generator.pipeline.scheduler = first_order(generator.pipeline.scheduler)
-    generator.plan = SamplingPlan(steps=steps, guidance_scale=guidance_scale)
+    grid = None if timesteps is None else tuple(timesteps)
+    generator.plan = SamplingPlan(steps=steps, guidance_scale=guidance_scale, timesteps=grid)
     return {"plan": dataclasses.asdict(generator.plan)}
 
 
 def restore(generator: Generator, metadata: dict[str, Any]) -> None:
     """Sample ``generator`` again as the student it was made."""
     plan = metadata["plan"]
-    adopt(generator, plan["steps"], guidance_scale=plan["guidance_scale"])
+    adopt(generator, plan["steps"], guidance_scale=plan["guidance_scale"], timesteps=plan["timesteps"])
 
 
-def check_grid(student: Generator, edges: Sequence[Edge], condition: Any, plan: SamplingPlan) -> None:
-    """Raises ConfigError where the student, sampled by ``plan``, is not called at the starts of the trained phases."""
-    found = trajectory(student, [condition], seeds=[0], plan=plan).timesteps.tolist()
-    trained = [float(edge.timestep or 0) for edge in edges[:-1]]
-    if len(found) % len(trained) or not np.allclose(found[:: len(found) // len(trained)], trained, atol=1e-3):
-        raise ConfigError(
-            f"conflicting grids: the student is called at timesteps {found}, but learns at {trained}; "
-            "allowed: a solver whose grid of few steps is part of its grid of many"
-        )
+def adopt_on(generator: Generator, edges: Sequence[Edge], condition: Any, plan: SamplingPlan) -> dict[str, Any]:
+    """`adopt` with a call at each of ``edges`` but the last, the clean end.
+
+    Where that is not the solver's own spacing of so few steps, as with flows whose last step is one of the training
+    grid, the plan has the timesteps. ``plan`` is that of a run otherwise. Raises ConfigError where the student is
+    called elsewhere all the same.
+    """
+    wanted = [float(edge.timestep or 0) for edge in edges[:-1]]
+    whole = generator.pipeline.scheduler.config.num_train_timesteps
+    flow = is_flow(generator.pipeline.scheduler)
+    given = tuple(edge.sigma * whole for edge in edges[:-1]) if flow else tuple(wanted)
+    found: list[float] = []
+    for timesteps in (None, given):
+        facts = adopt(generator, len(wanted), timesteps=timesteps)
+        found = trajectory(generator, [condition], seeds=[0], plan=generator.plan_for(plan)).timesteps.tolist()
+        if len(found) == len(wanted) and np.allclose(found, wanted, rtol=1e-5, atol=1e-3):
+            return facts
+    raise ConfigError(
+        f"conflicting grids: the student is called at timesteps {found}, but learns at {wanted}; allowed: a pipeline "
+        "that takes its timesteps from the scheduler"
+    )
 
 
 def collect(generator: Generator, context: Context, settings: PairSettings, phases: int) -> tuple[Pairs, Pairs]:
@@ -149,13 +170,11 @@ def noised(schedule: Schedule, samples: Tensor, noise: Tensor, place: Tensor) ->
     return ddim(samples, noise, alpha=alpha.view(shape), sigma=sigma.view(shape)), told
 
 
-def check_teacher(generator: Generator, settings: PairSettings) -> None:
-    """Raises ConfigError for a teacher whose guided output is not u + scale (c - u) of two calls."""
-    config, name = generator.denoiser.config, type(generator.denoiser).__name__
-    for told in ("time_cond_proj_dim", "guidance_embeds"):
-        if getattr(config, told, None):
-            raise ConfigError(f"{name} is told the guidance scale ({told}); allowed: a network guided by a second call")
-    check_guidance(generator, settings)
+def told_scale(network: nn.Module) -> str | None:
+    """The setting by which a network has an input for the guidance scale; None: it has none."""
+    return next(
+        (name for name in ("time_cond_proj_dim", "guidance_embeds") if getattr(network.config, name, None)), None
+    )  # type: ignore[arg-type, union-attr]
 
 
 def check_guidance(generator: Generator, settings: PairSettings) -> None:
@@ -176,8 +195,10 @@ class Teacher:
     conditions: Conditions
 
     @classmethod
-    def of(cls, generator: Generator, conditions: Conditions) -> Teacher:
-        """A frozen copy of the generator's denoiser."""
+    def of(cls, generator: Generator, conditions: Conditions, pairs: Pairs, plan: SamplingPlan) -> Teacher:
+        """A frozen copy of the generator's denoiser; one that is told a scale is told that of ``plan``."""
+        if told_scale(generator.denoiser):
+            conditions = Conditions.of(generator, pairs, plan, told=True)
         return cls(copy.deepcopy(generator.denoiser).eval().requires_grad_(False), conditions)
 
     @torch.no_grad()

@@ -47,17 +47,20 @@ class Runs:
         self.timesteps = tuple(branch[: len(branch) // len(self.batches)])
 
     def features(self, policy: CachePolicy) -> Iterator[list[Tensor]]:
-        """What the policy keeps in every step of each batch, flat, all steps computed."""
+        """What the policy keeps in every step, flat, all steps computed: of each batch and marked guidance branch."""
         everything = dataclasses.replace(policy, kind="schedule", computed=(True,) * len(self.timesteps))
         for batch in self.batches:
-            kept: list[Tensor] = []
+            yield from self._features(everything, *batch)
 
-            def see(tensors: tuple[Tensor, ...], kept: list[Tensor] = kept) -> None:
-                kept.append(torch.cat([tensor.flatten() for tensor in tensors]))
+    def _features(self, policy: CachePolicy, conditions: Sequence[Any], seeds: Sequence[int]) -> list[list[Tensor]]:
+        kept: dict[str, list[Tensor]] = {}
 
-            with cached(self.generator.denoiser, everything, see=see):
-                final_latents(self.generator, *batch, self.plan)
-            yield kept[: len(self.timesteps)]
+        def see(tensors: tuple[Tensor, ...]) -> None:
+            kept.setdefault(caches.branch, []).append(torch.cat([tensor.flatten() for tensor in tensors]))
+
+        with cached(self.generator.denoiser, policy, see=see) as caches:
+            final_latents(self.generator, conditions, seeds, self.plan)
+        return [steps[: len(self.timesteps)] for steps in kept.values()]
 
     def candidate(self, policy: CachePolicy) -> Candidate:
         """Draw them with ``policy``. Raises ConfigError where the network needs what the cut leaves out."""

@@ -33,16 +33,31 @@ class _Block(NamedTuple):
     """What it returns, named as its arguments."""
     branches: dict[str, int]
     """Its residual branches, and how many values each returns."""
+    counted: bool = False
+    """Whether the network tells its blocks apart by their place: none can leave the list."""
 
 
-_TEXT_AND_IMAGE = ("encoder_hidden_states", "hidden_states")
+_IMAGE, _TEXT_AND_IMAGE = ("hidden_states",), ("encoder_hidden_states", "hidden_states")
 _BLOCKS = {
-    "BasicTransformerBlock": _Block(("hidden_states",), {"attn1": 1, "attn2": 1, "ff": 1}),
-    "FluxTransformerBlock": _Block(_TEXT_AND_IMAGE, {"attn": 2, "ff": 1, "ff_context": 1}),
+    "AuraFlowJointTransformerBlock": _Block(_TEXT_AND_IMAGE, {}),
+    "AuraFlowSingleTransformerBlock": _Block(_IMAGE, {}),
+    "BasicTransformerBlock": _Block(_IMAGE, {"attn1": 1, "attn2": 1, "ff": 1}),
+    "ChromaSingleTransformerBlock": _Block(_IMAGE, {}, counted=True),
+    "ChromaTransformerBlock": _Block(_TEXT_AND_IMAGE, {"attn": 2, "ff": 1, "ff_context": 1}, counted=True),
+    "CogView4TransformerBlock": _Block(_TEXT_AND_IMAGE[::-1], {"attn1": 2, "ff": 1}),
+    "Flux2SingleTransformerBlock": _Block(_IMAGE, {}),
+    "Flux2TransformerBlock": _Block(_TEXT_AND_IMAGE, {"attn": 2, "ff": 1, "ff_context": 1}),
     "FluxSingleTransformerBlock": _Block(_TEXT_AND_IMAGE, {}),
+    "FluxTransformerBlock": _Block(_TEXT_AND_IMAGE, {"attn": 2, "ff": 1, "ff_context": 1}),
+    "HunyuanDiTBlock": _Block(_IMAGE, {}, counted=True),
     "JointTransformerBlock": _Block(_TEXT_AND_IMAGE, {"attn": 2, "attn2": 1, "ff": 1, "ff_context": 1}),
+    "SanaTransformerBlock": _Block(_IMAGE, {"attn1": 1, "attn2": 1, "ff": 1}),
 }
-_COUNTS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}  # list: config entry
+_COUNTS = {  # list: config entries
+    "joint_transformer_blocks": ("num_mmdit_layers",),
+    "single_transformer_blocks": ("num_single_layers", "num_single_dit_layers"),
+    "transformer_blocks": ("num_layers",),
+}
 _OWN_NORM = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # of a BasicTransformerBlock with plain layer norms
 KNOWN = (*_BLOCKS, "ResnetBlock2D", "Transformer2DModel", "Attention")
 
@@ -93,7 +108,7 @@ def _all_units(network: nn.Module) -> Iterator[Unit]:
         if not name or not isinstance(network.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
             continue
         if type(module).__name__ in _BLOCKS:
-            if not _ends_text(module):
+            if not _ends_text(module) and getattr(module, "skip_linear", None) is None:
                 yield Unit(name, "block")
             for child, values in _branches(module).items():
                 yield Unit(f"{name}.{child}", "attention" if child.startswith("attn") else "mlp", values)
@@ -235,7 +250,7 @@ def restore(network: Any, metadata: dict[str, Any]) -> None:
     if metadata["plain"]:
         for name, blocks in _survivors(network, units).items():
             network.set_submodule(name, blocks)
-            network.register_to_config(**{_COUNTS[name]: len(blocks)})
+            network.register_to_config(**{_count_of(network, name): len(blocks)})
         return
     for unit in units:
         network.set_submodule(unit.name, Skip(network.get_submodule(unit.name), unit))
@@ -250,6 +265,11 @@ def _merged(network: nn.Module, units: Iterable[Unit]) -> list[Unit]:
     for block, branches in going_whole(network, units).items():
         names = names.difference(branches) | {block.name}
     return [unit for unit in _all_units(network) if unit.name in names]
+
+
+def _count_of(network: Any, blocks: str) -> str:
+    """What the config calls the number of blocks in a list."""
+    return next((name for name in _COUNTS[blocks] if name in network.config), _COUNTS[blocks][0])
 
 
 def _survivors(network: nn.Module, units: Iterable[Unit]) -> dict[str, nn.ModuleList]:
@@ -271,16 +291,18 @@ def _buildable(network: Any, units: Sequence[Unit]) -> bool:
     """Whether the class of ``network`` itself builds it without ``units`` when its config says so."""
     if not units or any(unit.name.rpartition(".")[0] not in _COUNTS for unit in units):
         return False
-    lists = _survivors(network, units)
+    lists, counts = _survivors(network, units), {}
     for name, blocks in lists.items():
-        before = _list(network, name)
-        if network.config.get(_COUNTS[name]) != len(before) or not _same_end(before[0], blocks):
+        before, count = _list(network, name), _count_of(network, name)
+        known = _BLOCKS.get(type(before[0]).__name__)
+        if network.config.get(count) != len(before) or not _same_end(before[0], blocks) or (known and known.counted):
             return False
+        counts[count] = len(blocks)
     state = {key: value.shape for key, value in network.state_dict().items() if key.split(".")[0] not in lists}
     for name, blocks in lists.items():
         state |= {f"{name}.{key}": value.shape for key, value in blocks.state_dict().items()}
     with init_empty_weights():
-        twin = type(network).from_config({**network.config, **{_COUNTS[name]: len(lists[name]) for name in lists}})
+        twin = type(network).from_config({**network.config, **counts})
     return {key: value.shape for key, value in twin.state_dict().items()} == state
 
 

@@ -14,6 +14,8 @@ from diffpress.generator import Generator
 from diffpress.layer_inputs import columns, groups, positions, pre_hooks, rows_at, rows_per_call
 from diffpress.stage import Context
 
+_ROUNDING = 1e-6  # of a second moment in float32: a variance below it is none
+
 InputRounding = Callable[[Tensor], Tensor]
 """What a run-time does to a layer's input before it multiplies: an `Activation`, or the rounding of rows."""
 
@@ -55,7 +57,12 @@ class Moments:
     def gram(self, *, centered: bool) -> Tensor:
         """E[q q^T]; centered: the covariance, for a layer whose bias takes care of the mean."""
         gram = self._gram / self.count
-        return gram - torch.outer(self.mean_q, self.mean_q) if centered else gram
+        if not centered:
+            return gram
+        covariance = gram - torch.outer(self.mean_q, self.mean_q)
+        constant = covariance.diagonal() <= _ROUNDING * gram.diagonal()
+        covariance[constant], covariance[:, constant] = 0, 0
+        return covariance
 
     def cross(self, *, centered: bool) -> Tensor:
         """E[x q^T], or the covariance."""

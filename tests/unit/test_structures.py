@@ -8,6 +8,7 @@ from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from families import make as make_family
 from tiny import fill_zeros, make_flux
 from torch import nn
 
@@ -205,6 +206,12 @@ def sd3():
     )
     given = {"encoder_hidden_states": torch.randn(2, 5, 12), "pooled_projections": torch.randn(2, 6)}
     return network, {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3.0, 900.0]), **given}
+
+
+def test_attention_that_shares_its_projection_with_the_mlp_stays():
+    """Flux 2's single blocks."""
+    network = make_family("flux2").transformer
+    assert set(find_structures(network, KINDS)) == {"transformer_blocks.0.attn"}
 
 
 @pytest.mark.parametrize(("make", "count"), [(pixart, 6), (sd3, 5)])  # the last block of SD3 ends the text's stream

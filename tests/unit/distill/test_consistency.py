@@ -41,7 +41,8 @@ def made(network=None, schedule=VP, scale=SCALE, size=2, nothing=2, **changes):
     teacher = Teacher(network or Oracle(schedule, MEANS, DEVIATION), Conditions([0, 1], index, *branches))
     noise = torch.randn(RECORDS, 4, size, size, generator=torch.Generator().manual_seed(0))
     samples = torch.tensor(GUIDED)[index].view(-1, 1, 1, 1) + DEVIATION * noise
-    return ConsistencyLoss(samples, teacher, scale, levels_of(schedule, config.grid), schedule, config)
+    levels = levels_of(schedule, config.grid)
+    return ConsistencyLoss(samples, teacher.conditions, teacher, scale, levels, schedule, config)
 
 
 def ideal(loss, means=GUIDED, phases=None):

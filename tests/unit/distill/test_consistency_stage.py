@@ -1,6 +1,7 @@
 """The consistency stage: better than its teacher at equal steps, sampled as it was trained, bad input refused."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
+from diffpress import generator as generator_module
 from diffpress.denoise import Conditioning, denoise, encode
 from diffpress.diffusion import ddim, to_eps, to_x0
 from diffpress.distill import student
@@ -182,15 +184,20 @@ def test_renoising_wants_levels_and_seeds(dit, sd):
     refused(dit, "LCMScheduler, which has no flow", phases=1)
 
 
-def test_teachers_that_cannot_be(dit, ddpm, sd):
+def test_teachers_that_cannot_be(dit, ddpm):
     refused(dit, "DDPMScheduler is stochastic", pairs=replace(PAIRS, scheduler="DDPMScheduler"))
     ddpm.use_scheduler("DDIMScheduler")
     refused(ddpm, "DDPMPipeline has no guidance", pairs=replace(PAIRS, guidance_scale=3.0))
-    sd.denoiser.register_to_config(time_cond_proj_dim=8)
-    refused(sd, r"UNet2DConditionModel is told the guidance scale \(time_cond_proj_dim\)")
 
 
-def test_grids_that_do_not_nest_are_refused(dit, context, tmp_path, monkeypatch):
+def test_grids_that_do_not_nest_come_with_the_plan(dit, context, tmp_path, monkeypatch):
     monkeypatch.setitem(student._WHOLE_RANGE, "timestep_spacing", "leading")
-    with pytest.raises(ConfigError, match="conflicting grids"):
-        apply(dit, context, tmp_path)
+    apply(dit, context, tmp_path, grid=5, phases=1, steps=1, training=SHORT)
+    assert dit.plan.timesteps == (831,)  # the solver's own is another
+
+
+def test_a_student_that_is_called_elsewhere_all_the_same_is_refused(dit, context, tmp_path, monkeypatch):
+    monkeypatch.setitem(student._WHOLE_RANGE, "timestep_spacing", "leading")
+    monkeypatch.setattr(generator_module, "on_grid", lambda scheduler, timesteps: nullcontext())
+    with pytest.raises(ConfigError, match="conflicting grids: the student is called at timesteps"):
+        apply(dit, context, tmp_path, training=SHORT)

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from families import deeper, make
 from tiny import make_flux
 
 from diffpress.caching import CachePolicy, CacheState, Cut, cached, caught, extrapolate
@@ -17,6 +18,7 @@ from diffpress.prune.cuts import find_cut
 from diffpress.prune.reuse import Runs, feature_errors, fewer_and_fewer, final_latents, gram
 from diffpress.prune.steps import Steps, StepsConfig
 from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.stage import Context
 from diffpress.targets import TARGETS
 
 PLAN = SamplingPlan(steps=9, guidance_scale=3.0)
@@ -167,6 +169,40 @@ def test_errors_from_products_are_those_of_the_features(order):
     found = feature_errors(policy, features @ features.T)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-9)
     assert float(feature_errors(policy, torch.eye(6, dtype=torch.float64))[2]) != pytest.approx(expected[2])  # control
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks"),
+    [
+        ("flux2", "transformer_blocks"),
+        ("chroma", "transformer_blocks"),
+        ("auraflow", "single_transformer_blocks"),
+        ("sana", "transformer_blocks"),
+        ("hunyuan", "blocks"),
+        ("cogview4", "transformer_blocks"),
+    ],
+)
+def test_where_families_are_cut(family, blocks):
+    """Between the first and the last of the longest chain, which ends where texts and pictures are joined."""
+    generator = Generator(deeper(family))
+    side = 32 if family == "sana" else 16
+    found = cut_of(generator, SamplingPlan(steps=2, guidance_scale=1.0, height=side, width=side))
+    last = len(generator.denoiser.get_submodule(blocks)) - 1
+    assert (found.start, found.end) == (f"{blocks}.1", f"{blocks}.{last}")
+
+
+def test_branches_of_two_calls_are_kept_apart():
+    """CogView4 calls its denoiser for each branch of guidance, with texts of two lengths."""
+    generator = Generator(make("cogview4"))
+    plan = SamplingPlan(steps=3, guidance_scale=3.0, height=16, width=16)
+    runs = Runs(generator, Context(TARGETS["onnxruntime"], generator.conditions(2), range(2), plan), 2)
+    cut = find_cut(generator, generator.conditions(1), plan, keep_first=1, keep_last=0, branch=None)
+    policy = CachePolicy(cut=cut, kind="schedule", timesteps=runs.timesteps, computed=(True, False, True))
+    kept = list(runs.features(policy))
+    assert [len(steps) for steps in kept] == [3, 3]
+    assert [len({len(features) for features in steps}) for steps in kept] == [1, 1]
+    assert len(kept[0][0]) != len(kept[1][0])
+    assert gram(runs, policy).diagonal().min() > 0
 
 
 def test_gram_is_that_of_what_the_network_keeps(dit, given):

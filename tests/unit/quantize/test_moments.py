@@ -8,6 +8,7 @@ from diffpress.layer_inputs import positions, pre_hooks, rows_at
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation
 from diffpress.quantize.moments import Moments, collect_moments, shared_inputs
+from diffpress.quantize.rounding import gptq_codes
 from diffpress.targets import TARGETS
 
 
@@ -37,6 +38,24 @@ def test_moments_are_those_of_all_rows(layer):
     torch.testing.assert_close(moments.gram(centered=True), both[len(x.T) :, len(x.T) :], **close)
     torch.testing.assert_close(moments.cross(centered=True), both[: len(x.T), len(x.T) :], **close)
     assert not torch.allclose(moments.cross(centered=False).double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [1.0, 300.7])
+def test_what_is_constant_has_no_variance(value):
+    """Of a difference of large second moments in float32 nothing is left but rounding, of either sign."""
+    random = torch.Generator().manual_seed(0)
+    moments = Moments(nn.Linear(8, 4), nn.Identity(), rows_per_call=100, cross=False)
+    for _ in range(20):
+        x = torch.full((64, 8), value) * torch.tensor([1.0, 1.1, 1.3, 0.7, 0.9, 1.7, 0.3, 1.0])
+        x[:, -1] = torch.randn(64, generator=random)
+        moments.update(x)
+    gram = moments.gram(centered=True)
+    assert gram[:-1].count_nonzero() == gram[:, :-1].count_nonzero() == 0
+    assert gram[-1, -1] == pytest.approx(1, rel=0.1)
+    before = moments.gram(centered=False) - torch.outer(moments.mean_q, moments.mean_q)
+    assert before[:-1, :-1].count_nonzero() > 0  # control: what rounding leaves
+    codes = gptq_codes(torch.randn(4, 8, generator=random), gram, torch.full((4,), 0.02))
+    assert codes.float().abs().max() > 0
 
 
 def test_each_call_has_the_same_share_of_sampled_rows():
