@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from families import FAMILIES, make
 
 from diffpress import targets
 from diffpress.artifact import load_weights, save_weights
@@ -39,6 +40,20 @@ def test_layers_of_a_unet(sd):
     assert not {"conv_in", "conv_out"} & set(everything)
     assert Int8(Int8Config(convolutions=True)).layers(sd.denoiser, ONNXRUNTIME).keys() == everything.keys()
     assert Int8(Int8Config(convolutions=False)).layers(sd.denoiser, OPENVINO).keys() == linear.keys()
+
+
+BLOCKS = ("attn", ".ff", "resnets.", "samplers.", "proj_mlp", "proj_in", "proj_out")
+"""What blocks are made of; all else embeds, modulates or ends the network."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_quantized_within_their_blocks(family):
+    network = Generator(make(family)).denoiser
+    found = Int8(Int8Config()).layers(network, OPENVINO)
+    inside = [name for name in found if "." in name and any(part in name for part in BLOCKS)]
+    assert len(inside) == len(found) > 5
+    everything = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert any(name not in found for name in everything)
 
 
 @pytest.mark.parametrize(
