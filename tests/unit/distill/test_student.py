@@ -231,5 +231,4 @@ def test_what_cannot_be_guided_is_refused(sd, ddpm):
         Reflow(ReflowConfig(pairs=replace(PAIRS, guidance_scale=3.0))).check(ddpm, TARGETS["onnxruntime"])
     Reflow(ReflowConfig(pairs=PAIRS)).check(ddpm, TARGETS["onnxruntime"])
     add_scale_input(sd.denoiser, 8)
-    with pytest.raises(ConfigError, match="is told the guidance scale"):  # who finishes has to be called for both
-        Reflow(ReflowConfig(steps=1, guided=1.0, pairs=PAIRS)).check(sd, TARGETS["onnxruntime"])
+    Reflow(ReflowConfig(steps=1, guided=1.0, pairs=PAIRS)).check(sd, TARGETS["onnxruntime"])  # who finishes is told too
