@@ -172,9 +172,8 @@ def noised(schedule: Schedule, samples: Tensor, noise: Tensor, place: Tensor) ->
 
 def told_scale(network: nn.Module) -> str | None:
     """The setting by which a network has an input for the guidance scale; None: it has none."""
-    return next(
-        (name for name in ("time_cond_proj_dim", "guidance_embeds") if getattr(network.config, name, None)), None
-    )  # type: ignore[arg-type, union-attr]
+    known = ("time_cond_proj_dim", "guidance_embeds")
+    return next((name for name in known if getattr(network.config, name, None)), None)
 
 
 def check_guidance(generator: Generator, settings: PairSettings) -> None:
