@@ -26,7 +26,8 @@ from diffpress.checkpoint import fetch, first_lines, quiet_loading, verify
 from diffpress.diffusion import Schedule, read_schedule
 from diffpress.errors import CheckpointError, ConfigError
 from diffpress.progress import SILENT, Progress
-from diffpress.sampling import SamplingPlan, on_grid, patched, switch_scheduler
+from diffpress.sampling import SamplingPlan, on_grid, patched, pipeline_guidance, switch_scheduler
+from diffpress.traceable import make_traceable
 
 if TYPE_CHECKING:
     from diffpress.caching import CachePolicy
@@ -79,6 +80,7 @@ class Generator:
         """Narrower networks that the denoiser's weights hold as prefixes; None: it is one network."""
         self._arguments = inspect.signature(type(pipeline).__call__).parameters
         self.conditioning_kind  # noqa: B018 - an unknown family is refused here
+        make_traceable(self.denoiser)
         _refuse_lists(self.denoiser)
         pipeline.set_progress_bar_config(disable=True)
 
@@ -244,10 +246,9 @@ class Generator:
         )
         if "use_resolution_binning" in self._arguments:  # would draw at the nearest usual size, then resize the picture
             arguments["use_resolution_binning"] = False
-        for name in ("guidance_scale", "height", "width"):
-            value = getattr(plan, name)
-            if value is not None and name in self._arguments:
-                arguments[name] = value
+        scale = pipeline_guidance(self.pipeline, plan.guidance_scale)
+        wanted = {"guidance_scale": scale, "height": plan.height, "width": plan.width}
+        arguments |= {name: value for name, value in wanted.items() if value is not None and name in self._arguments}
         return arguments
 
     @torch.no_grad()
@@ -358,7 +359,7 @@ def argument_names(network: nn.Module) -> list[str]:
 
 
 def _refuse_lists(network: nn.Module) -> None:
-    """Raises CheckpointError for a network that wants a list of pictures, as ZImage's does."""
+    """Raises CheckpointError for a network that wants a list of pictures."""
     first = next(iter(inspect.signature(network.forward).parameters.values()))
     if str(first.annotation).startswith("list"):
         raise CheckpointError(

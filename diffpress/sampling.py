@@ -24,6 +24,7 @@ GRID_SOLVERS = (  # those whose step reads nothing of the grid but the scheduler
     "FlowMatchEulerDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
+_FROM_ZERO = ("ZImagePipeline",)
 _ODD = {"invert_sigmas": True, "timestep_type": "continuous"}  # sigmas or timesteps in a unit of their own
 
 
@@ -34,7 +35,7 @@ class SamplingPlan:
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     """Denoiser calls for one picture, guidance counted once."""
     guidance_scale: Annotated[float, Field(ge=0)] = 4.0
-    """Classifier-free guidance in the diffusers convention; 1 means none."""
+    """Classifier-free guidance in the usual diffusers convention; 1 means none."""
     height: Annotated[int, Field(ge=8)] | None = None
     """Pixels; None is the generator's own."""
     width: Annotated[int, Field(ge=8)] | None = None
@@ -96,6 +97,12 @@ def check_grid_solver(scheduler: Any) -> None:
             raise ConfigError(f"{name} has {setting} {value!r}, so its timesteps mean something else; allowed: without")
     if getattr(scheduler, "solver_p", None) is not None:
         raise ConfigError(f"{name} has a second solver (solver_p) with timesteps of its own; allowed: solver_p null")
+
+
+def pipeline_guidance(pipeline: Any, scale: float) -> float:
+    """Guidance of ``scale`` in the count of this pipeline: of some 0 means none, not 1."""
+    kinds = (kind.__name__ for kind in type(pipeline).__mro__)
+    return scale - 1 if any(kind in _FROM_ZERO for kind in kinds) else scale
 
 
 def is_flow(scheduler: Any) -> bool:

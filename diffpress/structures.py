@@ -26,6 +26,7 @@ from diffpress.errors import ConfigError
 WIDTHS = 64  # that one structure can choose from under a budget
 
 Kind = Literal["heads", "mlp", "resnet"]
+_GATED = (("linear_1", "linear_3", "linear_2"), ("w1", "w3", "w2"))  # two whose product the third reads
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
@@ -117,7 +118,7 @@ def find_structures(network: nn.Module, kinds: Sequence[Kind]) -> dict[str, Stru
         elif isinstance(module, ResnetBlock2D):
             structure = _resnet(name, module)
         else:
-            continue
+            structure = _gated_mlp(name, module)
         if structure is not None and structure.kind in kinds:
             found[name] = structure
     return found
@@ -158,6 +159,24 @@ def _mlp(name: str, module: FeedForward) -> Structure:
     times = 2 if isinstance(first, GEGLU | SwiGLU) else 1
     units = last.in_features
     return Structure(name, "mlp", module, units, 1, ((first.proj, times),), {f"{name}.net.2": last}, (name,))
+
+
+def _gated_mlp(name: str, module: nn.Module) -> Structure | None:
+    """An MLP written as three layers, two of them multiplied, as in language models."""
+    layers = gated_layers(module)
+    if layers is None:
+        return None
+    _check_plain(name, *layers.values())
+    first, gate, last = layers.values()
+    consumers = {f"{name}.{list(layers)[2]}": last}
+    return Structure(name, "mlp", module, last.in_features, 1, ((first, 1), (gate, 1)), consumers, (name,))
+
+
+def gated_layers(module: nn.Module) -> dict[str, Any] | None:
+    """Of such an MLP by their names: what is activated, what it is multiplied by, and what reads the product."""
+    children = dict(module.named_children())
+    names = next((names for names in _GATED if children.keys() >= set(names)), None)
+    return None if names is None else {name: children[name] for name in names}
 
 
 def _resnet(name: str, module: ResnetBlock2D) -> Structure:

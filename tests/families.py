@@ -371,7 +371,7 @@ def chroma():
 
 
 def lumina2():
-    """Positions from the lengths of the texts, computed in Python."""
+    """Grouped queries; positions from the lengths of the texts, which stock code computes in Python."""
     transformer = Lumina2Transformer2DModel(
         sample_size=8,
         in_channels=4,
@@ -388,14 +388,14 @@ def lumina2():
     return Lumina2Pipeline(
         transformer=fill_zeros(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=fill_zeros(make_autoencoder(shift_factor=0.06, **UNSHIFTED)),
+        vae=fill_zeros(make_autoencoder(levels=4, shift_factor=0.06, **UNSHIFTED)),  # the pipeline takes 8 for granted
         text_encoder=fill_zeros(Gemma2Model(Gemma2Config(**DECODER_ONLY, bos_token_id=1))),
         tokenizer=byte_tokenizer(),
     )
 
 
 def zimage():
-    """Pictures and texts as lists."""
+    """Pictures and texts as lists, each filled up to a multiple of 32 tokens."""
     transformer = ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
@@ -421,6 +421,7 @@ _DEEPER = {
     "num_mmdit_layers": 2,
     "num_single_dit_layers": 3,
     "num_single_layers": 3,
+    "n_layers": 4,
 }
 FAMILIES = {
     "sdxl": sdxl,
@@ -433,6 +434,8 @@ FAMILIES = {
     "sana": sana,
     "hunyuan": hunyuan,
     "cogview4": cogview4,
+    "lumina2": lumina2,
+    "zimage": zimage,
 }
 
 

@@ -47,7 +47,7 @@ from diffpress.targets import TARGETS, find_target
 
 MANIFEST, BUFFERS = "diffpress.json", "buffers.safetensors"
 PARITY_CALLS = 8
-UNTRACEABLE = ("Lumina2Transformer2DModel", "QwenImageTransformer2DModel")
+UNTRACEABLE = ("QwenImageTransformer2DModel",)
 FIXED_BATCH = ("ChromaTransformer2DModel",)
 LONGEST_TEXT = 1024  # tokens
 

@@ -21,8 +21,9 @@ from diffpress.export.cut import PIECES, WHOLE, piece_path
 from diffpress.export.modules import CachedEngineDenoiser, EngineAutoencoder, EngineDenoiser, EngineTextEncoder
 from diffpress.export.session import open_session
 from diffpress.generator import quiet_loading
-from diffpress.sampling import SamplingPlan, on_grid
+from diffpress.sampling import SamplingPlan, on_grid, pipeline_guidance
 from diffpress.targets import find_target, overflows
+from diffpress.traceable import take_lists
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
 
     Its timesteps hold for as many steps, unless the call brings its own.
     """
-    kind, wanted = type(pipeline), {"num_inference_steps": plan.steps, "guidance_scale": plan.guidance_scale}
+    kind, scale = type(pipeline), pipeline_guidance(pipeline, plan.guidance_scale)
+    wanted = {"num_inference_steps": plan.steps, "guidance_scale": scale}
     signature = inspect.signature(kind.__call__)
     known = {name: value for name, value in wanted.items() if name in signature.parameters}
 
@@ -139,6 +141,7 @@ def _engines(root: Path, parts: dict[str, Any], manifest: dict[str, Any], policy
                     setattr(denoiser, name, value)
             told = manifest.get("timesteps")
             denoiser.timesteps = None if told is None else tuple(told)
+            take_lists(denoiser, settings.get("_class_name", ""))
             found[part["attribute"]] = denoiser
         elif part["role"] == "text":
             found[part["attribute"]] = EngineTextEncoder(sessions[WHOLE], settings)

@@ -51,10 +51,13 @@ _BLOCKS = {
     "FluxTransformerBlock": _Block(_TEXT_AND_IMAGE, {"attn": 2, "ff": 1, "ff_context": 1}),
     "HunyuanDiTBlock": _Block(_IMAGE, {}, counted=True),
     "JointTransformerBlock": _Block(_TEXT_AND_IMAGE, {"attn": 2, "attn2": 1, "ff": 1, "ff_context": 1}),
+    "Lumina2TransformerBlock": _Block(_IMAGE, {}),
     "SanaTransformerBlock": _Block(_IMAGE, {"attn1": 1, "attn2": 1, "ff": 1}),
+    "ZImageTransformerBlock": _Block(("x",), {}),
 }
 _COUNTS = {  # list: config entries
     "joint_transformer_blocks": ("num_mmdit_layers",),
+    "layers": ("num_layers", "n_layers"),
     "single_transformer_blocks": ("num_single_layers", "num_single_dit_layers"),
     "transformer_blocks": ("num_layers",),
 }

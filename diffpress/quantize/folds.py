@@ -5,7 +5,7 @@ Found by structure in the stock diffusers blocks, so that a fold costs nothing a
 * LayerNorm without affine behind adaLN-zero (DiT, SD3, Flux): rows of the modulation Linear that give shift and scale;
 * LayerNorm or GroupNorm with affine: its weight and bias;
 * the value projection before an attention's output projection, both of them where picture and text share an attention;
-* the linear half of a GEGLU or SwiGLU before the down-projection.
+* the linear half of a GEGLU or SwiGLU before the down-projection, a layer of its own in Lumina 2 and Z-Image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_lumina2 import Lumina2TransformerBlock
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor, nn
+
+from diffpress.structures import gated_layers
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def find_folds(model: nn.Module) -> list[Fold]:
             if _is_plain(module.attn):
                 first = (*_queries(module.attn), module.proj_mlp)
                 folds.append(_modulated_fold(f"{name}.norm", module.norm.linear, first, shift=0, scale=1))
+        elif isinstance(module, Lumina2TransformerBlock | ZImageTransformerBlock):
+            folds += _gated_folds(name, module)
         elif isinstance(module, Transformer2DModel) and getattr(module, "norm", None) is not None:
             folds.append(_affine_fold(f"{name}.norm", module.norm, (module.proj_in,)))
     return folds
@@ -148,6 +154,23 @@ def _joint_folds(name: str, block: Any) -> Iterator[Fold]:
     for norm, linear, mlp in (("norm2", image, block.ff), ("norm2_context", text, block.ff_context)):
         if isinstance(mlp, FeedForward):
             yield _modulated_fold(f"{name}.{norm}", linear, _first(mlp), shift=3, scale=4)
+
+
+def _gated_folds(name: str, block: Any) -> Iterator[Fold]:
+    """Blocks as of language models: norms with a weight, values of fewer heads perhaps, an MLP of three layers."""
+    if isinstance(block, ZImageTransformerBlock):
+        key, attention, norm = "attention", block.attention, block.attention_norm1
+    else:
+        key, attention, norm = "attn", block.attn, getattr(block.norm1, "norm", block.norm1)  # beside its modulation
+    if _is_plain(attention):
+        yield _affine_fold(f"{name}.{key}.to_q", norm, _queries(attention))
+        if attention.to_v.out_features == attention.to_out[0].in_features:
+            yield _value_fold(f"{name}.{key}", attention)
+    layers = gated_layers(block.feed_forward)
+    if layers is not None:
+        first, gate, last = layers.values()
+        yield _affine_fold(f"{name}.ffn_norm1", block.ffn_norm1, (first, gate))
+        yield Fold(f"{name}.feed_forward.{list(layers)[2]}", (last,), partial(divide_rows, gate))
 
 
 def _is_plain(attention: Any) -> bool:

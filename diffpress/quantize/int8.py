@@ -43,6 +43,7 @@ SENSITIVE = (
     "conv_in*",
     "conv_out*",
     "proj_out*",
+    "all_final_layer*",
 )
 
 

@@ -146,8 +146,8 @@ def of_pipeline(name):
     }
 
 
-UNITS = {"sana": 32}
-PIPELINES = ("flux2", "chroma", "auraflow", "sana", "hunyuan", "cogview4")
+UNITS = {"sana": 32, "lumina2": 32, "zimage": 32}
+PIPELINES = ("flux2", "chroma", "auraflow", "sana", "hunyuan", "cogview4", "lumina2", "zimage")
 FAMILIES = {make.__name__: make for make in (dit, dit_of_one_embedding, pixart, flux, sd3, unet, deep_unet, ddpm)}
 FAMILIES |= {name: partial(of_pipeline, name) for name in PIPELINES}
 PLAIN = {"dit_of_one_embedding", "pixart", "flux", "sd3", "flux2", "auraflow", "sana", "cogview4"}
@@ -324,7 +324,8 @@ def test_more_than_the_branches_goes_with_a_whole_block(family):
         assert gone == saved_parameters(name, network, block)
         assert gone >= sum(saved_parameters(name, network, unit) for unit in units) > 0
         assert not going_whole(network, units[1:])
-    assert bool(blocks) == (name not in ("ddpm", "auraflow", "hunyuan"))  # whose blocks have no branches to take alone
+    undivided = ("ddpm", "auraflow", "hunyuan", "lumina2", "zimage")  # no branch of theirs can go alone
+    assert bool(blocks) == (name not in undivided)
 
 
 def without_gradient(network, inputs):

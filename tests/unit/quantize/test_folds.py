@@ -52,6 +52,32 @@ def test_where_it_folds_in_joint_attention():
         assert found["transformer_blocks.0.attn.to_out"].parts == 2  # picture and text leave the attention apart
 
 
+def test_where_it_folds_in_blocks_as_of_language_models():
+    """Values of Lumina 2 have fewer heads than the output's projection reads."""
+    lumina, z = ({fold.name: fold for fold in find_folds(make(name).transformer)} for name in ("lumina2", "zimage"))
+    lists = {"context_refiner.0", "noise_refiner.0", "layers.0"}
+    mine = ("attn.to_q", "ffn_norm1", "feed_forward.linear_2")
+    assert set(lumina) == {f"{block}.{name}" for block in lists for name in mine}
+    mine = ("attention.to_q", "attention.to_out", "ffn_norm1", "feed_forward.w2")
+    assert set(z) == {f"{block}.{name}" for block in (*lists, "layers.1") for name in mine}
+    assert not any(fold.shifts for fold in (*lumina.values(), *z.values()))
+
+
+@pytest.mark.parametrize("family", ["lumina2", "zimage"])
+def test_folds_in_blocks_as_of_language_models_are_exact(family, joint, first_call, relative):
+    generator, before, call = joint(family)
+    weights = copy.deepcopy(generator.denoiser.state_dict())
+    for seed, fold in enumerate(find_folds(generator.denoiser)):
+        apply_fold(fold, factors(fold, seed))
+    assert relative(first_call(generator, call)[0], before) < EXACT
+    generator.denoiser.load_state_dict(weights)
+    for fold in find_folds(generator.denoiser):
+        for change in ({"divide": lambda r: None}, {"consumers": ()}):
+            apply_fold(replace(fold, **change), factors(fold))
+            assert relative(first_call(generator, call)[0], before) > 10 * EXACT, fold.name
+            generator.denoiser.load_state_dict(weights)
+
+
 def test_what_is_pruned_or_fused_is_left_out():
     flux = make("flux").transformer
     whole, block = {fold.name for fold in find_folds(flux)}, flux.transformer_blocks[0]
@@ -67,7 +93,7 @@ def joint(first_call):
 
     def make_one(name):
         generator = Generator(make(name))
-        plan = SamplingPlan(steps=2, guidance_scale=3.0, height=16, width=16)
+        plan = SamplingPlan(steps=2, guidance_scale=3.0, height=32, width=32)
         call = generator.record(["a cat", "a dog"], seeds=[0, 1], plan=plan, limit=1)[0]
         return generator, *first_call(generator, call)
 

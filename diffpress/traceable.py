@@ -1,0 +1,234 @@
+"""Networks that torch cannot trace, as the same functions of the same weights on tensors.
+
+Two families compute the places of tokens in Python, from the length of every text, and one of them takes its pictures
+and texts as lists. Here texts are padded to one length, a mask says what counts, and places are counted in the mask.
+Rotations are pairs of cosine and sine: ONNX knows no complex numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+_TOGETHER = 32  # tokens of which ZImage's pictures and texts are multiples
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [n, tokens, head size / 2]
+
+
+def make_traceable(network: nn.Module) -> None:
+    """Give a network of these families the forward below; its class keeps its name, its config and its files."""
+    kind = type(network)
+    if kind.__name__ in _FAMILIES and kind.forward is not _FAMILIES[kind.__name__][0]:
+        forward, _ = _FAMILIES[kind.__name__]
+        network.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+        _tables(network)
+        take_lists(network, kind.__name__)
+
+
+def _tables(network: Any) -> list[Tensor]:
+    """Cosines and sines by place, for each axis [places, pairs, 2]; built anew by its class, it gets them now."""
+    if "tables" not in vars(network):
+        for module in network.modules():
+            if isinstance(module, Attention):
+                module.set_processor(_Attend())  # type: ignore[arg-type]
+        tables = _FAMILIES[type(network).__name__][1](network)
+        network.tables = [torch.view_as_real(table).clone() for table in tables]
+    return network.tables
+
+
+def take_lists(network: nn.Module, original: str) -> None:
+    """Let what stands for a network of class ``original`` be called with lists, if that is."""
+    if original == "ZImageTransformer2DModel":
+        kind = type(network)
+        network.__class__ = type(kind.__name__, (_Lists, kind), {"__module__": kind.__module__})
+
+
+class _Lists:
+    """Called with lists, a network gets tensors and gives a list; called with tensors, it is as without."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (args and isinstance(args[0], list)):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return self._of_lists(*args, **kwargs)
+
+    def _of_lists(
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        cap_feats: Sequence[Tensor],
+        return_dict: bool = True,
+        joint_attention_kwargs: None = None,
+    ) -> Any:
+        """Pictures [c, 1, h, w] and texts [tokens, d] as stock pipelines give them."""
+        longest = -(-max(map(len, cap_feats)) // _TOGETHER) * _TOGETHER
+        padded = pad_sequence([*cap_feats, cap_feats[0].new_zeros(longest, cap_feats[0].shape[1])], batch_first=True)
+        lengths = torch.tensor([len(text) for text in cap_feats], device=padded.device)
+        mask = torch.arange(longest, device=padded.device) < lengths[:, None]
+        sample = super().__call__(  # type: ignore[misc]
+            hidden_states=torch.cat(list(x), dim=1).transpose(0, 1),
+            timestep=t,
+            encoder_hidden_states=padded[:-1],
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        pictures = list(sample.unsqueeze(2).unbind(0))
+        return Transformer2DModelOutput(sample=pictures) if return_dict else (pictures,)
+
+
+class _Attend:
+    """Attention processor, as stock ones are."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotation | None = None,
+        freqs_cis: Rotation | None = None,
+    ) -> Tensor:
+        """Self-attention of rotated queries and keys; ``attention_mask`` [n, tokens], bool, says what is looked at."""
+        rotation = freqs_cis if image_rotary_emb is None else image_rotary_emb
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        size = query.shape[-1] // attn.heads
+        query, key, value = (part.unflatten(-1, (-1, size)) for part in (query, key, value))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        if rotation is not None:
+            query, key = _turn(query, rotation), _turn(key, rotation)
+        groups = query.shape[2] // key.shape[2]
+        if groups > 1:
+            key, value = (part.repeat_interleave(groups, dim=2) for part in (key, value))
+        mask = None if attention_mask is None else attention_mask[:, None, None]
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        for layer in attn.to_out:
+            mixed = layer(mixed)
+        return mixed
+
+
+def _turn(x: Tensor, rotation: Rotation) -> Tensor:
+    """Pairs of neighbours in the heads of x [n, tokens, heads, size] as complex numbers, times those on the circle."""
+    cosine, sine = (part.unsqueeze(2) for part in rotation)
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def _rotation(tables: Sequence[Tensor], places: Tensor) -> Rotation:
+    """Of places [n, tokens, axes] by the tables of the axes, [places, pairs, 2] each."""
+    turns = [table.to(places.device)[places[..., axis]] for axis, table in enumerate(tables)]
+    return torch.cat(turns, dim=-2).unbind(-1)  # type: ignore[return-value]
+
+
+def _text_places(first: int, mask: Tensor) -> Tensor:
+    """One after the other from ``first`` on the first axis: [n, tokens, 3]."""
+    line = torch.arange(first, first + mask.shape[1], device=mask.device)
+    return functional.pad(line[:, None], (0, 2)).expand(mask.shape[0], -1, -1)
+
+
+def _image_places(first: Tensor, height: int, width: int) -> Tensor:
+    """Beside its text, which ends before ``first`` [n], by row and column: [n, tokens, 3]."""
+    rows, columns = (torch.arange(size, device=first.device) for size in (height, width))
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+    own = first[:, None, None].expand(-1, grid.shape[0], -1)
+    return torch.cat([own, grid.expand(first.shape[0], -1, -1)], dim=-1)
+
+
+def _patches(x: Tensor, patch: int) -> Tensor:
+    """[n, c, h, w] as tokens [n, h w / patch², patch² c]."""
+    return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def _picture(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """The tokens of ``height`` x ``width`` patches as [n, c, height patch, width patch]."""
+    cells = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (height, width))
+    return cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _lumina2(
+    self: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_attention_mask: Tensor,
+    attention_kwargs: None = None,
+    return_dict: bool = True,
+) -> Any:
+    """Lumina 2 with the text, as long as the longest, before the picture: hidden_states [n, c, h, w]."""
+    patch, tables = self.config.patch_size, _tables(self)
+    height, width = hidden_states.shape[2] // patch, hidden_states.shape[3] // patch
+    time, text = self.time_caption_embed(hidden_states, timestep, encoder_hidden_states)
+    mask = encoder_attention_mask.bool()
+    own = _rotation(tables, _text_places(0, mask))
+    rotation = _rotation(tables, _image_places(mask.sum(dim=1), height, width))
+    image = self.x_embedder(_patches(hidden_states, patch))
+    for layer in self.context_refiner:
+        text = layer(text, mask, own)
+    for layer in self.noise_refiner:
+        image = layer(image, None, rotation, time)
+    both = tuple(torch.cat(pair, dim=1) for pair in zip(own, rotation, strict=True))
+    seen = torch.cat([mask, mask.new_ones(image.shape[:2])], dim=1)
+    joint = torch.cat([text, image], dim=1)
+    for layer in self.layers:
+        joint = layer(joint, seen, both, time)
+    sample = _picture(self.norm_out(joint, time)[:, text.shape[1] :], height, width, patch)
+    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _z_image(
+    self: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_attention_mask: Tensor,
+    return_dict: bool = True,
+) -> Any:
+    """Z-Image on pictures [n, c, h, w] and texts [n, tokens, d], tokens a multiple of 32.
+
+    A text and a picture go on to the next multiple of 32 with tokens of their own, which are looked at.
+    """
+    patch, tables = self.all_patch_size[0], _tables(self)
+    name = f"{patch}-{self.all_f_patch_size[0]}"
+    height, width = hidden_states.shape[2] // patch, hidden_states.shape[3] // patch
+    time = self.t_embedder(timestep * self.t_scale).type_as(hidden_states)
+    mask = encoder_attention_mask.bool()
+    whole = (mask.sum(dim=1) + _TOGETHER - 1) // _TOGETHER * _TOGETHER
+    seen_text = torch.arange(mask.shape[1], device=mask.device) < whole[:, None]
+    own = _rotation(tables, _text_places(1, mask))
+    text = torch.where(mask[..., None], self.cap_embedder(encoder_hidden_states), self.cap_pad_token)
+    for layer in self.context_refiner:
+        text = layer(text, seen_text, own)
+
+    image = self.all_x_embedder[name](_patches(hidden_states, patch))
+    places, count = _image_places(whole + 1, height, width), image.shape[1]
+    fill = -count % _TOGETHER if isinstance(count, int) else _TOGETHER - 1  # of a free size as many as may be needed
+    image = torch.cat([image, self.x_pad_token.expand(image.shape[0], fill, -1)], dim=1)
+    seen = (torch.arange(count + fill, device=mask.device) < count + -count % _TOGETHER).expand(image.shape[0], -1)
+    rotation = _rotation(tables, functional.pad(places, (0, 0, 0, fill)))
+    for layer in self.noise_refiner:
+        image = layer(image, seen, rotation, time)
+
+    both = tuple(torch.cat(pair, dim=1) for pair in zip(rotation, own, strict=True))
+    joint, seen = torch.cat([image, text], dim=1), torch.cat([seen, seen_text], dim=1)
+    for layer in self.layers:
+        joint = layer(joint, seen, both, time)
+    sample = _picture(self.all_final_layer[name](joint, c=time)[:, :count], height, width, patch)
+    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _z_image_tables(network: Any) -> list[Tensor]:
+    rope = network.rope_embedder
+    return rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, rope.theta)
+
+
+_FAMILIES = {
+    "Lumina2Transformer2DModel": (_lumina2, lambda network: network.rope_embedder.freqs_cis),
+    "ZImageTransformer2DModel": (_z_image, _z_image_tables),
+}
