@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from diffpress.branches import Branches, same_tensors
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import argument_names, patched
@@ -170,20 +170,13 @@ class CacheState:
             )
         if step is None:
             self.unknown.add(timestep)
-        goes_on = step is not None and before is not None and step == before + 1 and self._same(shape, conditions)
-        if not goes_on:
+        goes_on = step is not None and before is not None and step == before + 1
+        if not (goes_on and shape == self._shape and same_tensors(conditions, self._call)):
             self._begin_anew(step)
         self._step, self._shape, self._call = step, shape, tuple(conditions)
         if step is None or self._stored is None or self.policy.computed[step]:
             return "compute"
         return "reuse" if self.policy.kind == "schedule" else "test"
-
-    def _same(self, shape: tuple[int, ...], conditions: Sequence[Tensor]) -> bool:
-        return (
-            shape == self._shape
-            and len(conditions) == len(self._call)
-            and all(torch.equal(a, b) for a, b in zip(conditions, self._call, strict=True))
-        )
 
     def passes(self, residual: Tensor) -> bool:
         """Whether the first-block test lets this call reuse: rho below the threshold, and not too many in a row."""
@@ -211,25 +204,16 @@ class CacheState:
         return extrapolate(self._differences, self._step - self._stored)
 
 
-class Caches:
-    """A `CacheState` for each guidance branch that the pipeline marks by ``cache_context``; guidance as a batch is one.
+class Caches(Branches):
+    """A `CacheState` for each guidance branch; guidance as a batch is one.
 
     ``names`` are the arguments of the network's forward, in order: x_t first.
     """
 
     def __init__(self, policy: CachePolicy, names: Sequence[str]) -> None:
-        self.policy, self._names = policy, list(names)
+        super().__init__(names)
+        self.policy = policy
         self._states: dict[str, CacheState] = {}
-        self.branch = ""
-
-    @contextmanager
-    def context(self, name: str) -> Iterator[None]:
-        """Calls inside belong to the branch ``name``."""
-        before, self.branch = self.branch, name
-        try:
-            yield
-        finally:
-            self.branch = before
 
     @property
     def state(self) -> CacheState:
@@ -245,22 +229,10 @@ class Caches:
         """Timesteps met that the policy was not fitted for, all branches."""
         return {timestep for state in self.states for timestep in state.unknown}
 
-    def begin(self, inputs: dict[str, Any]) -> Decision:
-        """`CacheState.begin` of the present branch for a call with ``inputs`` by name."""
-        state, time = self._names[0], time_name(self._names)
-        others = {name: value for name, value in inputs.items() if name not in (state, time)}
-        conditions = [leaf for leaf in pytree.tree_leaves(others) if isinstance(leaf, Tensor)]
-        return self.state.begin(first_number(inputs[time]), tuple(inputs[state].shape), conditions)
-
-
-def time_name(names: Sequence[str]) -> str:
-    """What a network with these arguments calls the time."""
-    return next(name for name in names if name.startswith("timestep"))
-
-
-def first_number(value: Any) -> float:
-    """Of a tensor of any shape, or a number."""
-    return float(torch.as_tensor(value).flatten()[0])
+    def decide(self, inputs: dict[str, Any]) -> Decision:
+        """`CacheState.begin` of the branch that a call with ``inputs`` by name belongs to."""
+        timestep, conditions = self.begin(inputs)
+        return self.state.begin(timestep, tuple(inputs[self._state].shape), conditions)
 
 
 def _returned(output: Any) -> tuple[Any, ...]:
@@ -338,7 +310,7 @@ class _Emulation:
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """At each call of the network."""
         self.tensors.found.clear()
-        self.decision = self.caches.begin(dict(zip(self.names, args, strict=False)) | kwargs)
+        self.decision = self.caches.decide(dict(zip(self.names, args, strict=False)) | kwargs)
 
     def skipping(self, name: str, module: nn.Module) -> Callable[..., Any]:
         """The forward of a submodule that steps of reuse leave out."""

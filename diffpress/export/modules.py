@@ -111,7 +111,7 @@ class CachedEngineDenoiser(EngineDenoiser):
 
     def run(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
         given = {name: value for name, value in arguments.items() if value is not None}
-        decision, state = self.caches.begin(given), self.caches.state
+        decision, state = self.caches.decide(given), self.caches.state
         residual = None
         if self.caches.policy.kind == "threshold":
             start = run_session(self.pieces["first"], given)

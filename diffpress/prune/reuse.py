@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpress.caching import SMALLEST, CachePolicy, CacheState, cached, first_number, time_name
+from diffpress.branches import Branches
+from diffpress.caching import SMALLEST, CachePolicy, CacheState, cached
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, argument_names, patched
 from diffpress.stage import Context
@@ -47,7 +48,7 @@ class Runs:
         self.timesteps = tuple(branch[: len(branch) // len(self.batches)])
 
     def features(self, policy: CachePolicy) -> Iterator[list[Tensor]]:
-        """What the policy keeps in every step, flat, all steps computed: of each batch and marked guidance branch."""
+        """What the policy keeps in every step, flat, all steps computed: of each batch and guidance branch."""
         everything = dataclasses.replace(policy, kind="schedule", computed=(True,) * len(self.timesteps))
         for batch in self.batches:
             yield from self._features(everything, *batch)
@@ -82,24 +83,19 @@ class Runs:
 
 @contextmanager
 def _times(network: nn.Module) -> Iterator[dict[str, list[float]]]:
-    """What the network is told of the time in each call, for every guidance branch that the pipeline marks."""
-    names, branch = argument_names(network), [""]
+    """What the network is told of the time in each call, for every guidance branch."""
+    names = argument_names(network)
+    branches = Branches(names)
     seen: dict[str, list[float]] = {}
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        told = (dict(zip(names, args, strict=False)) | kwargs)[time_name(names)]
-        seen.setdefault(branch[-1], []).append(first_number(told))
-
-    @contextmanager
-    def marking(name: str) -> Iterator[None]:
-        branch.append(name)
-        yield
-        branch.pop()
+        timestep, _ = branches.begin(dict(zip(names, args, strict=False)) | kwargs)
+        seen.setdefault(branches.branch, []).append(timestep)
 
     with ExitStack() as stack:
         stack.callback(network.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if hasattr(network, "cache_context"):
-            stack.enter_context(patched(network, "cache_context", marking))
+            stack.enter_context(patched(network, "cache_context", branches.context))
         yield seen
 
 

@@ -10,7 +10,8 @@ from diffusers import FirstBlockCacheConfig, HeunDiscreteScheduler, PixArtSigmaP
 from tiny import fill_zeros, make_autoencoder, make_flux, make_scheduler, make_t5_encoder, make_t5_tokenizer
 from torch import nn
 
-from diffpress.caching import CachePolicy, CacheState, Cut, cached, caught, first_number, time_name
+from diffpress.branches import first_number, time_name
+from diffpress.caching import CachePolicy, CacheState, Cut, cached, caught
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, argument_names
 from diffpress.prune.cuts import find_cut

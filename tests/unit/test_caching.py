@@ -11,10 +11,8 @@ from diffpress.caching import (
     CacheState,
     Cut,
     extrapolate,
-    first_number,
     read_policy,
     relative_change,
-    time_name,
 )
 
 CUT = Cut(start="b", end="c", arguments=("hidden_states",), origin="a", skipped=("b", "c"))
@@ -143,8 +141,3 @@ def test_cuts_that_make_no_sense():
         dataclasses.replace(CUT, skipped=("b",))
     with pytest.raises(ValueError, match="start and arguments go together"):
         dataclasses.replace(CUT, arguments=())
-
-
-def test_the_module_knows_what_it_is_called_with():
-    assert first_number(torch.tensor([3, 3])) == first_number(3.0) == 3
-    assert time_name(["sample", "timestep", "class_labels", "timestep_cond"]) == "timestep"
