@@ -26,7 +26,7 @@ from diffpress.checkpoint import fetch, first_lines, quiet_loading, verify
 from diffpress.diffusion import Schedule, read_schedule
 from diffpress.errors import CheckpointError, ConfigError
 from diffpress.progress import SILENT, Progress
-from diffpress.sampling import SamplingPlan, on_grid, patched, pipeline_guidance, switch_scheduler
+from diffpress.sampling import SamplingPlan, guidance_arguments, on_grid, patched, switch_scheduler
 from diffpress.traceable import make_traceable
 
 if TYPE_CHECKING:
@@ -246,10 +246,9 @@ class Generator:
         )
         if "use_resolution_binning" in self._arguments:  # would draw at the nearest usual size, then resize the picture
             arguments["use_resolution_binning"] = False
-        scale = pipeline_guidance(self.pipeline, plan.guidance_scale)
-        wanted = {"guidance_scale": scale, "height": plan.height, "width": plan.width}
-        arguments |= {name: value for name, value in wanted.items() if value is not None and name in self._arguments}
-        return arguments
+        arguments |= guidance_arguments(self.pipeline, plan.guidance_scale, len(conditions))
+        size = {"height": plan.height, "width": plan.width}
+        return arguments | {name: value for name, value in size.items() if value is not None}
 
     @torch.no_grad()
     def draw(self, conditions: Sequence[Any], *, seeds: Sequence[int], plan: SamplingPlan) -> Any:

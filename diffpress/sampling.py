@@ -99,10 +99,20 @@ def check_grid_solver(scheduler: Any) -> None:
         raise ConfigError(f"{name} has a second solver (solver_p) with timesteps of its own; allowed: solver_p null")
 
 
-def pipeline_guidance(pipeline: Any, scale: float) -> float:
-    """Guidance of ``scale`` in the count of this pipeline: of some 0 means none, not 1."""
-    kinds = (kind.__name__ for kind in type(pipeline).__mro__)
-    return scale - 1 if any(kind in _FROM_ZERO for kind in kinds) else scale
+def guidance_arguments(pipeline: Any, scale: float, count: int | None = None) -> dict[str, Any]:
+    """Guidance of ``scale`` as this pipeline is told it, for ``count`` prompts or, None, for any number; empty: not.
+
+    Of some 0 means none, not 1. Others call the scale of networks that are told none ``true_cfg_scale`` and guide only
+    beside a negative prompt.
+    """
+    wanted = inspect.signature(type(pipeline).__call__).parameters
+    if "guidance_scale" not in wanted:
+        return {}
+    if wanted["guidance_scale"].default is None and "true_cfg_scale" in wanted:
+        negative = " " if count is None else [" "] * count
+        return {"true_cfg_scale": scale} | ({"negative_prompt": negative} if scale > 1 else {})
+    kinds = {kind.__name__ for kind in type(pipeline).__mro__}
+    return {"guidance_scale": scale - 1 if kinds.intersection(_FROM_ZERO) else scale}
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -1,14 +1,14 @@
 """Networks that torch cannot trace, as the same functions of the same weights on tensors.
 
-Two families compute the places of tokens in Python, from the length of every text, and one of them takes its pictures
-and texts as lists. Here texts are padded to one length, a mask says what counts, and places are counted in the mask.
-Rotations are pairs of cosine and sine: ONNX knows no complex numbers.
+Three families compute the places of tokens in Python, from the lengths of texts or the shapes of pictures, and one of
+them takes pictures and texts as lists. Here texts are padded to one length, a mask says what counts, and places are
+counted in the mask. Rotations are pairs of cosine and sine: ONNX knows no complex numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -17,36 +17,66 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from diffpress.errors import ConfigError
+
+_QWEN_MIDDLE = 4096  # places on either side of the middle
 _TOGETHER = 32  # tokens of which ZImage's pictures and texts are multiples
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [n, tokens, head size / 2]
 
 
 def make_traceable(network: nn.Module) -> None:
-    """Give a network of these families the forward below; its class keeps its name, its config and its files."""
+    """Give a network of these families the forward below; its class keeps its name, its config and its files.
+
+    One with settings that the forward knows nothing of stays as it is; see `check_traceable`.
+    """
     kind = type(network)
-    if kind.__name__ in _FAMILIES and kind.forward is not _FAMILIES[kind.__name__][0]:
-        forward, _ = _FAMILIES[kind.__name__]
-        network.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    family = _FAMILIES.get(kind.__name__)
+    if family is not None and kind.forward is not family.forward and not _unknown(network):
+        network.__class__ = type(kind.__name__, (kind,), {"forward": family.forward, "__module__": kind.__module__})
         _tables(network)
-        take_lists(network, kind.__name__)
+        open_door(network, kind.__name__)
+
+
+def check_traceable(network: nn.Module) -> None:
+    """Raises ConfigError for a network of these families that had to keep its own forward."""
+    if _unknown(network):
+        raise ConfigError(
+            f"export: {type(network).__name__} with {' and '.join(_unknown(network))} computes with the shapes of "
+            "pictures in Python, which torch cannot trace; allowed: without"
+        )
+
+
+def _unknown(network: Any) -> list[str]:
+    """Settings of ``network`` that the forward of its family knows nothing of."""
+    family = _FAMILIES.get(type(network).__name__)
+    return [] if family is None else [name for name in family.without if getattr(network.config, name, None)]
 
 
 def _tables(network: Any) -> list[Tensor]:
     """Cosines and sines by place, for each axis [places, pairs, 2]; built anew by its class, it gets them now."""
     if "tables" not in vars(network):
+        family = _FAMILIES[type(network).__name__]
         for module in network.modules():
             if isinstance(module, Attention):
-                module.set_processor(_Attend())  # type: ignore[arg-type]
-        tables = _FAMILIES[type(network).__name__][1](network)
-        network.tables = [torch.view_as_real(table).clone() for table in tables]
+                module.set_processor(family.processor())
+        network.tables = [torch.view_as_real(table).clone() for table in family.tables(network)]
     return network.tables
 
 
-def take_lists(network: nn.Module, original: str) -> None:
-    """Let what stands for a network of class ``original`` be called with lists, if that is."""
-    if original == "ZImageTransformer2DModel":
+def open_door(network: nn.Module, original: str) -> None:
+    """Let what stands for a network of class ``original`` be called as that is: with lists, or places in Python."""
+    if original in _DOORS:
         kind = type(network)
-        network.__class__ = type(kind.__name__, (_Lists, kind), {"__module__": kind.__module__})
+        network.__class__ = type(kind.__name__, (_DOORS[original], kind), {"__module__": kind.__module__})
+
+
+def unread(network: nn.Module) -> tuple[str, ...]:
+    """Patterns of layers that run for nobody, which no graph has: what Qwen-Image's last block makes of the text."""
+    blocks = dict(getattr(network, "transformer_blocks", nn.ModuleList()).named_children())
+    last = next((name for name, block in reversed(blocks.items()) if hasattr(block, "txt_mlp")), None)
+    return (
+        () if last is None else tuple(f"transformer_blocks.{last}.{layer}*" for layer in ("attn.to_add_out", "txt_mlp"))
+    )
 
 
 class _Lists:
@@ -81,6 +111,20 @@ class _Lists:
         return Transformer2DModelOutput(sample=pictures) if return_dict else (pictures,)
 
 
+class _Places:
+    """Called with the shapes of its pictures in patches, a network gets the row and column of every patch."""
+
+    def __call__(
+        self, *args: Any, img_shapes: Any = None, guidance: None = None, attention_kwargs: Any = None, **kwargs: Any
+    ) -> Any:
+        if img_shapes is not None:
+            ((_, height, width),) = img_shapes[0]  # one frame of one picture; the same for all of a batch
+            device = kwargs["hidden_states"].device
+            rows, columns = (torch.arange(-(size - size // 2), size // 2, device=device) for size in (height, width))
+            kwargs["img_ids"] = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
 class _Attend:
     """Attention processor, as stock ones are."""
 
@@ -95,22 +139,62 @@ class _Attend:
     ) -> Tensor:
         """Self-attention of rotated queries and keys; ``attention_mask`` [n, tokens], bool, says what is looked at."""
         rotation = freqs_cis if image_rotary_emb is None else image_rotary_emb
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        size = query.shape[-1] // attn.heads
-        query, key, value = (part.unflatten(-1, (-1, size)) for part in (query, key, value))
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        if rotation is not None:
-            query, key = _turn(query, rotation), _turn(key, rotation)
-        groups = query.shape[2] // key.shape[2]
-        if groups > 1:
-            key, value = (part.repeat_interleave(groups, dim=2) for part in (key, value))
-        mask = None if attention_mask is None else attention_mask[:, None, None]
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        layers, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+        mixed = _mixed(_projected(hidden_states, layers, norms, attn, rotation), attention_mask)
         for layer in attn.to_out:
             mixed = layer(mixed)
         return mixed
+
+
+class _AttendJointly:
+    """Attention processor for text and picture with projections of their own, the text before the picture."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: None,
+        encoder_hidden_states_mask: Tensor,
+        image_rotary_emb: tuple[Rotation, Rotation],
+    ) -> tuple[Tensor, Tensor]:
+        """Of pictures and of texts; the mask [n, tokens of the text], bool, says what of a text is looked at."""
+        of_image, of_text = image_rotary_emb
+        image = attn.to_q, attn.to_k, attn.to_v
+        text = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        pictures = _projected(hidden_states, image, (attn.norm_q, attn.norm_k), attn, of_image)
+        texts = _projected(encoder_hidden_states, text, (attn.norm_added_q, attn.norm_added_k), attn, of_text)
+        mask = encoder_hidden_states_mask
+        seen = torch.cat([mask, mask.new_ones(hidden_states.shape[:2])], dim=1)
+        mixed = _mixed([torch.cat(pair, dim=1) for pair in zip(texts, pictures, strict=True)], seen)
+        own, other = mixed[:, mask.shape[1] :], mixed[:, : mask.shape[1]]
+        for layer in attn.to_out:
+            own = layer(own)
+        return own, attn.to_add_out(other)
+
+
+def _projected(
+    x: Tensor, layers: Sequence[nn.Module], norms: Sequence[nn.Module | None], attn: Any, rotation: Rotation | None
+) -> list[Tensor]:
+    """Queries, keys and values [n, tokens, heads, size], the first two normed and turned."""
+    query, key, value = (layer(x) for layer in layers)
+    size = query.shape[-1] // attn.heads
+    parts = [part.unflatten(-1, (-1, size)) for part in (query, key, value)]
+    for index, norm in enumerate(norms):
+        parts[index] = parts[index] if norm is None else norm(parts[index])
+        parts[index] = parts[index] if rotation is None else _turn(parts[index], rotation)
+    return parts
+
+
+def _mixed(parts: Sequence[Tensor], seen: Tensor | None) -> Tensor:
+    """What comes of queries, keys and values, [n, tokens, channels]; ``seen`` [n, tokens]: what is looked at."""
+    query, key, value = parts
+    groups = query.shape[2] // key.shape[2]
+    if groups > 1:
+        key, value = (part.repeat_interleave(groups, dim=2) for part in (key, value))
+    mask = None if seen is None else seen[:, None, None]
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def _turn(x: Tensor, rotation: Rotation) -> Tensor:
@@ -223,12 +307,64 @@ def _z_image(
     return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
+def _qwen_image(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None = None,
+    timestep: Tensor | None = None,
+    img_ids: Tensor | None = None,
+    return_dict: bool = True,
+) -> Any:
+    """Qwen-Image on patches hidden_states [n, tokens, c], of which img_ids [tokens, 2] are rows and columns.
+
+    Those are counted from the middle, and the text goes on from the outermost on all three axes.
+    """
+    assert timestep is not None
+    assert img_ids is not None
+    tables = _tables(self)
+    count = encoder_hidden_states.shape[:2]
+    mask = encoder_hidden_states_mask
+    mask = torch.ones(count, dtype=torch.bool, device=img_ids.device) if mask is None else mask.bool()
+    image, text = self.img_in(hidden_states), self.txt_in(self.txt_norm(encoder_hidden_states))
+    time = self.time_text_embed(timestep.to(image.dtype), image)
+    line = img_ids.max() + 1 + torch.arange(count[1], device=img_ids.device)
+    places = functional.pad(img_ids, (1, 0)), line[:, None].expand(-1, 3)
+    turns = tuple(_rotation(tables, (place + _QWEN_MIDDLE)[None]) for place in places)
+    for block in self.transformer_blocks:
+        text, image = block(image, text, mask, time, turns)
+    sample = self.proj_out(self.norm_out(image, time))
+    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _qwen_tables(network: Any) -> list[Tensor]:
+    rope = network.pos_embed
+    whole = torch.cat([rope.neg_freqs, rope.pos_freqs])
+    return list(whole.split([size // 2 for size in rope.axes_dim], dim=1))
+
+
 def _z_image_tables(network: Any) -> list[Tensor]:
     rope = network.rope_embedder
     return rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, rope.theta)
 
 
+class _Family(NamedTuple):
+    forward: Callable[..., Any]
+    tables: Callable[[Any], list[Tensor]]
+    """Points on the circle by place, complex [places, pairs], for each axis."""
+    processor: type
+    without: tuple[str, ...] = ()
+    """Settings of the network that the forward knows nothing of."""
+
+
 _FAMILIES = {
-    "Lumina2Transformer2DModel": (_lumina2, lambda network: network.rope_embedder.freqs_cis),
-    "ZImageTransformer2DModel": (_z_image, _z_image_tables),
+    "Lumina2Transformer2DModel": _Family(_lumina2, lambda network: network.rope_embedder.freqs_cis, _Attend),
+    "QwenImageTransformer2DModel": _Family(
+        _qwen_image,
+        _qwen_tables,
+        _AttendJointly,
+        without=("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"),
+    ),
+    "ZImageTransformer2DModel": _Family(_z_image, _z_image_tables, _Attend),
 }
+_DOORS: dict[str, type] = {"QwenImageTransformer2DModel": _Places, "ZImageTransformer2DModel": _Lists}

@@ -6,6 +6,7 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogView4Pipeline,
@@ -22,6 +23,8 @@ from diffusers import (
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -52,6 +55,8 @@ from transformers import (
     GlmConfig,
     GlmModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -416,6 +421,35 @@ def zimage():
     )
 
 
+def qwen():
+    """Guidance beside a negative prompt, places by the shapes of pictures; an encoder that sees, a decoder of video."""
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, num_res_blocks=1, dim_mult=[1, 1, 1, 1], latents_mean=[0.1] * 4, latents_std=[0.9] * 4
+    )
+    rotation = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    text = {key: value for key, value in DECODER_ONLY.items() if key != "head_dim"} | {"rope_parameters": rotation}
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    tokens = ("vision_start", "vision_end", "vision", "image", "video")
+    own = {f"{name}_token_id": 250 + index for index, name in enumerate(tokens)}
+    encoder = Qwen2_5_VLConfig(text_config=text, vision_config=sight, **own)
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=fill_zeros(autoencoder),
+        text_encoder=fill_zeros(Qwen2_5_VLForConditionalGeneration(encoder)),
+        tokenizer=byte_tokenizer(),
+        transformer=fill_zeros(transformer),
+    )
+
+
 _DEEPER = {
     "num_layers": 4,
     "num_mmdit_layers": 2,
@@ -436,6 +470,7 @@ FAMILIES = {
     "cogview4": cogview4,
     "lumina2": lumina2,
     "zimage": zimage,
+    "qwen": qwen,
 }
 
 

@@ -44,10 +44,10 @@ from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan, argument_names
 from diffpress.progress import SILENT, Progress
 from diffpress.targets import TARGETS, find_target
+from diffpress.traceable import check_traceable
 
 MANIFEST, BUFFERS = "diffpress.json", "buffers.safetensors"
 PARITY_CALLS = 8
-UNTRACEABLE = ("QwenImageTransformer2DModel",)
 FIXED_BATCH = ("ChromaTransformer2DModel",)
 LONGEST_TEXT = 1024  # tokens
 
@@ -81,8 +81,7 @@ def check_export(generator: Generator, settings: ExportConfig) -> None:
             f"overflow here; allowed here: false, null; true for {able}"
         )
     network = type(generator.denoiser).__name__
-    if network in UNTRACEABLE:
-        raise ConfigError(f"export: {network} computes with lengths of texts in Python, which torch cannot trace")
+    check_traceable(generator.denoiser)
     if network in FIXED_BATCH and settings.batch == "dynamic":
         raise ConfigError(f"export: batch 'dynamic', but {network} makes a constant of it; allowed: a number")
     if generator.cache is not None:

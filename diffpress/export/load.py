@@ -21,9 +21,9 @@ from diffpress.export.cut import PIECES, WHOLE, piece_path
 from diffpress.export.modules import CachedEngineDenoiser, EngineAutoencoder, EngineDenoiser, EngineTextEncoder
 from diffpress.export.session import open_session
 from diffpress.generator import quiet_loading
-from diffpress.sampling import SamplingPlan, on_grid, pipeline_guidance
+from diffpress.sampling import SamplingPlan, guidance_arguments, on_grid
 from diffpress.targets import find_target, overflows
-from diffpress.traceable import take_lists
+from diffpress.traceable import open_door
 
 logger = logging.getLogger(__name__)
 
@@ -95,17 +95,16 @@ def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
 
     Its timesteps hold for as many steps, unless the call brings its own.
     """
-    kind, scale = type(pipeline), pipeline_guidance(pipeline, plan.guidance_scale)
-    wanted = {"num_inference_steps": plan.steps, "guidance_scale": scale}
+    kind = type(pipeline)
     signature = inspect.signature(kind.__call__)
-    known = {name: value for name, value in wanted.items() if name in signature.parameters}
+    known = {"num_inference_steps": plan.steps} | guidance_arguments(pipeline, plan.guidance_scale)
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         for name, value in known.items():
             if given.get(name, value) != value:
-                logger.warning("made for %s=%g, called with %g: expect worse pictures", name, value, given[name])
+                logger.warning("made for %s=%s, called with %s: expect worse pictures", name, value, given[name])
         own = given.get("num_inference_steps", plan.steps) != plan.steps or given.keys() & {"timesteps", "sigmas"}
         with on_grid(self.scheduler, None if own else plan.grid):
             return kind.__call__(
@@ -141,7 +140,7 @@ def _engines(root: Path, parts: dict[str, Any], manifest: dict[str, Any], policy
                     setattr(denoiser, name, value)
             told = manifest.get("timesteps")
             denoiser.timesteps = None if told is None else tuple(told)
-            take_lists(denoiser, settings.get("_class_name", ""))
+            open_door(denoiser, settings.get("_class_name", ""))
             found[part["attribute"]] = denoiser
         elif part["role"] == "text":
             found[part["attribute"]] = EngineTextEncoder(sessions[WHOLE], settings)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from diffpress.errors import ConfigError
 from diffpress.generator import argument_names, patched
+from diffpress.traceable import unread
 
 Granularity = Literal["block", "sublayer"]
 
@@ -52,6 +53,7 @@ _BLOCKS = {
     "HunyuanDiTBlock": _Block(_IMAGE, {}, counted=True),
     "JointTransformerBlock": _Block(_TEXT_AND_IMAGE, {"attn": 2, "attn2": 1, "ff": 1, "ff_context": 1}),
     "Lumina2TransformerBlock": _Block(_IMAGE, {}),
+    "QwenImageTransformerBlock": _Block(_TEXT_AND_IMAGE, {}),
     "SanaTransformerBlock": _Block(_IMAGE, {"attn1": 1, "attn2": 1, "ff": 1}),
     "ZImageTransformerBlock": _Block(("x",), {}),
 }
@@ -107,11 +109,13 @@ def units_named(network: nn.Module, names: Iterable[str]) -> list[Unit]:
 
 def _all_units(network: nn.Module) -> Iterator[Unit]:
     """Units of every granularity."""
+    idle = unread(network)
     for name, module in network.named_modules():
         if not name or not isinstance(network.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
             continue
         if type(module).__name__ in _BLOCKS:
-            if not _ends_text(module) and getattr(module, "skip_linear", None) is None:
+            ends = _ends_text(module) or any(pattern.startswith(f"{name}.") for pattern in idle)
+            if not ends and getattr(module, "skip_linear", None) is None:
                 yield Unit(name, "block")
             for child, values in _branches(module).items():
                 yield Unit(f"{name}.{child}", "attention" if child.startswith("attn") else "mlp", values)

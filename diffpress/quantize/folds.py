@@ -2,7 +2,8 @@
 
 Found by structure in the stock diffusers blocks, so that a fold costs nothing at run time:
 
-* LayerNorm without affine behind adaLN-zero (DiT, SD3, Flux): rows of the modulation Linear that give shift and scale;
+* LayerNorm without affine behind adaLN-zero (DiT, SD3, Flux, Qwen-Image): the modulation's rows that give shift and
+  scale;
 * LayerNorm or GroupNorm with affine: its weight and bias;
 * the value projection before an attention's output projection, both of them where picture and text share an attention;
 * the linear half of a GEGLU or SwiGLU before the down-projection, a layer of its own in Lumina 2 and Z-Image.
@@ -28,6 +29,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from diffusers.models.transformers.transformer_lumina2 import Lumina2TransformerBlock
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor, nn
 
@@ -106,6 +108,8 @@ def find_folds(model: nn.Module) -> list[Fold]:
             if _is_plain(module.attn):
                 first = (*_queries(module.attn), module.proj_mlp)
                 folds.append(_modulated_fold(f"{name}.norm", module.norm.linear, first, shift=0, scale=1))
+        elif isinstance(module, QwenImageTransformerBlock):
+            folds += _stream_folds(name, module)
         elif isinstance(module, Lumina2TransformerBlock | ZImageTransformerBlock):
             folds += _gated_folds(name, module)
         elif isinstance(module, Transformer2DModel) and getattr(module, "norm", None) is not None:
@@ -154,6 +158,19 @@ def _joint_folds(name: str, block: Any) -> Iterator[Fold]:
     for norm, linear, mlp in (("norm2", image, block.ff), ("norm2_context", text, block.ff_context)):
         if isinstance(mlp, FeedForward):
             yield _modulated_fold(f"{name}.{norm}", linear, _first(mlp), shift=3, scale=4)
+
+
+def _stream_folds(name: str, block: Any) -> Iterator[Fold]:
+    """Picture and text with a modulation for both norms each, and an attention that they share."""
+    attention = block.attn
+    added = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
+    streams = (("img", block.img_mod, _queries(attention), block.img_mlp), ("txt", block.txt_mod, added, block.txt_mlp))
+    for stream, (_, modulation), queries, mlp in streams:
+        if _is_plain(attention):
+            yield _modulated_fold(f"{name}.{stream}_norm1", modulation, queries, shift=0, scale=1)
+        yield _modulated_fold(f"{name}.{stream}_norm2", modulation, _first(mlp), shift=3, scale=4)
+    if _is_plain(attention):
+        yield _value_fold(f"{name}.attn", attention)
 
 
 def _gated_folds(name: str, block: Any) -> Iterator[Fold]:

@@ -26,6 +26,7 @@ from diffpress.quantize.split import find_splits, split
 from diffpress.quantize.twins import make_twins, static_activations
 from diffpress.stage import Applied, Context
 from diffpress.targets import REDUCED_RANGE, TARGETS, Target
+from diffpress.traceable import unread
 
 CONTEXT_CALLS = 4
 # Embedders, modulation and the ends of the network: little work, much error; ModelOpt leaves them out too.
@@ -44,6 +45,10 @@ SENSITIVE = (
     "conv_out*",
     "proj_out*",
     "all_final_layer*",
+    "img_in*",
+    "txt_in*",
+    "*img_mod.*",
+    "*txt_mod.*",
 )
 
 
@@ -121,7 +126,7 @@ class Int8:
     def layers(self, denoiser: nn.Module, target: Target) -> dict[str, nn.Module]:
         """The layers this config quantizes, by name."""
         wanted: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d) if self._convolutions(target) else (nn.Linear,)
-        patterns = (*SENSITIVE, *self.config.skip)
+        patterns = (*SENSITIVE, *self.config.skip, *unread(denoiser))
         return {
             name: module
             for name, module in denoiser.named_modules()

@@ -67,6 +67,7 @@ KNOWN = {
     "cogview4": Facts("flow", TEXT | {"original_size", "target_size", "crop_coords"}, calls=2, unit=2),
     "lumina2": Facts("flow", MASKED, calls=2, unit=2),
     "zimage": Facts("flow", MASKED, unit=2),
+    "qwen": Facts("flow", {"encoder_hidden_states", "img_ids"}, calls=2, unit=2),
 }
 
 
@@ -92,7 +93,7 @@ def built(folder):
     conditions = generator.conditions(4)
     context = Context(TARGETS["onnxruntime"], conditions, range(4), plan, batch_size=4)
     smooth = [Smooth(SmoothConfig())] if find_folds(generator.denoiser) else []
-    assert bool(smooth) == (name in ("sdxl", "sd3", "flux", "lumina2", "zimage"))
+    assert bool(smooth) == (name in ("sdxl", "sd3", "flux", "lumina2", "zimage", "qwen"))
     for stage in (*smooth, Int8(Int8Config())):
         stage.check(generator, context.target)
         stage.apply(generator, context)

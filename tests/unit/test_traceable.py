@@ -8,10 +8,11 @@ import torch
 from diffusers import Lumina2Transformer2DModel, ZImageTransformer2DModel
 from families import make
 
+from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.sampling import SamplingPlan
 from diffpress.structures import find_structures, masked
-from diffpress.traceable import make_traceable
+from diffpress.traceable import check_traceable, make_traceable, unread
 
 STOCK = {"lumina2": Lumina2Transformer2DModel, "zimage": ZImageTransformer2DModel}
 TIMES = torch.tensor([0.1, 0.5, 0.9])
@@ -94,6 +95,67 @@ def test_called_with_lists_it_gives_lists():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match="siglip_feats"):
         traceable(pictures, TIMES[:2], prompts, siglip_feats=[None])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patches", [(3, 4), (2, 6)])
+def test_places_by_the_shapes_of_pictures(patches):
+    """As Qwen-Image's pipeline calls it: with the shapes for all, without a mask where no text is shorter."""
+    stock = make("qwen").transformer.eval()
+    traceable = copy.deepcopy(stock)
+    make_traceable(traceable)
+    call = {"hidden_states": torch.randn(3, 12, 16), "encoder_hidden_states": torch.randn(3, 9, 16), "timestep": TIMES}
+    shapes = {"img_shapes": [[(1, *patches)]] * 3, "guidance": None, "attention_kwargs": {}}
+    _, mask = texts("qwen", (9, 4, 2))
+    for given in ({}, {"encoder_hidden_states_mask": mask.long()}):
+        expected = stock(**call, **given, **shapes).sample
+        torch.testing.assert_close(traceable(**call, **given, **shapes).sample, expected, rtol=1e-5, atol=1e-5)
+        shapes_of_others = shapes | {"img_shapes": [[(1, *patches[::-1])]] * 3}
+        other = traceable(**call, **given, **shapes_of_others).sample
+        assert not torch.allclose(other, expected, atol=1e-4)  # control
+    assert unread(traceable) == ("transformer_blocks.1.attn.to_add_out*", "transformer_blocks.1.txt_mlp*")
+    assert unread(make("lumina2").transformer) == ()
+
+
+@torch.no_grad()
+def test_what_is_unread_changes_nothing(relative):
+    network, call = make("qwen").transformer, {"hidden_states": torch.randn(1, 4, 16), "timestep": TIMES[:1]}
+    call |= {"encoder_hidden_states": torch.randn(1, 9, 16), "img_shapes": [[(1, 2, 2)]], "return_dict": False}
+    before = network(**call)[0]
+    for pattern in unread(network):
+        network.get_submodule(pattern[:-1]).apply(lambda layer: [weight.zero_() for weight in layer.parameters()])
+    assert torch.equal(network(**call)[0], before)
+    network.transformer_blocks[0].txt_mlp.apply(lambda layer: [weight.zero_() for weight in layer.parameters()])
+    assert relative(network(**call)[0], before) > 1e-4  # control: in the other block it is read
+
+
+def test_settings_that_the_forward_does_not_know_are_refused():
+    network = make("qwen").transformer
+    forward = type(network).forward
+    network.register_to_config(zero_cond_t=True)
+    make_traceable(network)
+    assert type(network).forward is forward
+    with pytest.raises(
+        ConfigError, match=r"QwenImageTransformer2DModel with zero_cond_t computes .*; allowed: without"
+    ):
+        check_traceable(network)
+    network.register_to_config(zero_cond_t=False)
+    make_traceable(network)
+    check_traceable(network)
+    assert type(network).forward is not forward
+
+
+def test_guidance_beside_a_negative_prompt():
+    stock, generator = make("qwen"), Generator(make("qwen"))
+    stock.set_progress_bar_config(disable=True)
+    plan = SamplingPlan(steps=2, guidance_scale=3.0, height=32, width=32)
+    noise = [torch.Generator().manual_seed(5)]
+    size = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", "generator": noise}
+    expected = stock("a cat", negative_prompt=" ", true_cfg_scale=3.0, **size).images
+    assert abs(generator.draw(["a cat"], seeds=[5], plan=plan).images - expected).max() < 1e-4
+    alone = SamplingPlan(steps=2, guidance_scale=1.0, height=32, width=32)
+    assert len(generator.record(["a cat"], seeds=[5], plan=alone)) == 2
+    assert abs(generator.draw(["a cat"], seeds=[5], plan=alone).images - expected).max() > 1e-4
 
 
 def test_narrower_it_is_as_with_zeros_where_channels_went(pair, relative):

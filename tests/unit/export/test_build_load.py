@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel, StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline
 from families import make
 
 from diffpress.errors import (
@@ -244,25 +244,18 @@ def test_networks_that_cannot_be_traced_are_refused_first():
     with pytest.raises(ConfigError, match="ChromaTransformer2DModel makes a constant of it; allowed: a number"):
         check_export(chroma, ExportConfig())
     check_export(chroma, ExportConfig(batch=2))
-    chroma.denoiser.__class__ = type("QwenImageTransformer2DModel", (type(chroma.denoiser),), {})
-    with pytest.raises(ConfigError, match="QwenImageTransformer2DModel computes with lengths of texts in Python"):
-        check_export(chroma, ExportConfig())
+    pipeline = make("qwen")
+    pipeline.transformer.register_to_config(use_layer3d_rope=True)
+    with pytest.raises(ConfigError, match="QwenImageTransformer2DModel with use_layer3d_rope computes with the shapes"):
+        check_export(Generator(pipeline), ExportConfig())
 
 
 class Qwen(torch.nn.Module):
-    """Qwen-Image's transformer on four pictures of 4 x 4 patches."""
+    """Qwen-Image's stock transformer on four pictures of 4 x 4 patches."""
 
     def __init__(self):
         super().__init__()
-        self.network = QwenImageTransformer2DModel(
-            in_channels=16,
-            out_channels=4,
-            num_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            axes_dims_rope=(4, 2, 2),
-        )
+        self.network = make("qwen").transformer
 
     def forward(self, *tensors):
         x, text, timestep = tensors

@@ -42,7 +42,18 @@ def test_layers_of_a_unet(sd):
     assert Int8(Int8Config(convolutions=False)).layers(sd.denoiser, OPENVINO).keys() == linear.keys()
 
 
-BLOCKS = ("attn", "attention.", ".ff", "feed_forward.", "resnets.", "samplers.", "proj_mlp", "proj_in", "proj_out")
+BLOCKS = (
+    "attn",
+    "attention.",
+    ".ff",
+    "feed_forward.",
+    "_mlp",
+    "resnets.",
+    "samplers.",
+    "proj_mlp",
+    "proj_in",
+    "proj_out",
+)
 """What blocks are made of; all else embeds, modulates or ends the network."""
 
 
