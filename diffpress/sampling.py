@@ -24,7 +24,7 @@ GRID_SOLVERS = (  # those whose step reads nothing of the grid but the scheduler
     "FlowMatchEulerDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
-_FROM_ZERO = ("ZImagePipeline",)
+_FROM_ZERO = ("ZImagePipeline",)  # guidance is c + scale (c - u)
 _ODD = {"invert_sigmas": True, "timestep_type": "continuous"}  # sigmas or timesteps in a unit of their own
 
 

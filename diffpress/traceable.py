@@ -74,9 +74,8 @@ def unread(network: nn.Module) -> tuple[str, ...]:
     """Patterns of layers that run for nobody, which no graph has: what Qwen-Image's last block makes of the text."""
     blocks = dict(getattr(network, "transformer_blocks", nn.ModuleList()).named_children())
     last = next((name for name, block in reversed(blocks.items()) if hasattr(block, "txt_mlp")), None)
-    return (
-        () if last is None else tuple(f"transformer_blocks.{last}.{layer}*" for layer in ("attn.to_add_out", "txt_mlp"))
-    )
+    idle = () if last is None else ("attn.to_add_out", "txt_mlp")
+    return tuple(f"transformer_blocks.{last}.{layer}*" for layer in idle)
 
 
 class _Lists:

@@ -97,14 +97,15 @@ def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
     """
     kind = type(pipeline)
     signature = inspect.signature(kind.__call__)
-    known = {"num_inference_steps": plan.steps} | guidance_arguments(pipeline, plan.guidance_scale)
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(self, *args, **kwargs).arguments
+        count = len(given["prompt"]) if isinstance(given.get("prompt"), list) else None
+        known = {"num_inference_steps": plan.steps} | guidance_arguments(self, plan.guidance_scale, count)
         for name, value in known.items():
-            if given.get(name, value) != value:
-                logger.warning("made for %s=%s, called with %s: expect worse pictures", name, value, given[name])
+            if isinstance(value, int | float) and given.get(name, value) != value:
+                logger.warning("made for %s=%g, called with %g: expect worse pictures", name, value, given[name])
         own = given.get("num_inference_steps", plan.steps) != plan.steps or given.keys() & {"timesteps", "sigmas"}
         with on_grid(self.scheduler, None if own else plan.grid):
             return kind.__call__(

@@ -9,6 +9,7 @@ from diffusers import Lumina2Transformer2DModel, ZImageTransformer2DModel
 from families import make
 
 from diffpress.errors import ConfigError
+from diffpress.export.load import keep_plan
 from diffpress.generator import Generator
 from diffpress.sampling import SamplingPlan
 from diffpress.structures import find_structures, masked
@@ -34,6 +35,10 @@ def texts(name, lengths, *, longest=None):
     longest = longest or -(-max(lengths) // unit) * unit
     features = torch.randn(len(lengths), longest, 16, generator=generator)
     return features, torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def of_stock(name, network, x, features, mask):
@@ -149,10 +154,12 @@ def test_guidance_beside_a_negative_prompt():
     stock, generator = make("qwen"), Generator(make("qwen"))
     stock.set_progress_bar_config(disable=True)
     plan = SamplingPlan(steps=2, guidance_scale=3.0, height=32, width=32)
-    noise = [torch.Generator().manual_seed(5)]
-    size = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", "generator": noise}
+    size = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", "generator": generators(5)}
     expected = stock("a cat", negative_prompt=" ", true_cfg_scale=3.0, **size).images
     assert abs(generator.draw(["a cat"], seeds=[5], plan=plan).images - expected).max() < 1e-4
+    keep_plan(stock, plan)  # the pipeline of an engine that was made for a plan
+    both = stock(["a cat", "a dog"], height=32, width=32, output_type="np", generator=generators(5, 6)).images
+    assert abs(both[:1] - expected).max() < 1e-4
     alone = SamplingPlan(steps=2, guidance_scale=1.0, height=32, width=32)
     assert len(generator.record(["a cat"], seeds=[5], plan=alone)) == 2
     assert abs(generator.draw(["a cat"], seeds=[5], plan=alone).images - expected).max() > 1e-4
@@ -187,7 +194,7 @@ def test_guidance_of_one_is_none_where_the_pipeline_counts_from_zero():
             guidance_scale=theirs,
             height=32,
             width=32,
-            generator=[torch.Generator().manual_seed(5)],
+            generator=generators(5),
             output_type="np",
         ).images
         found = generator.draw(["a cat"], seeds=[5], plan=plan).images
