@@ -166,6 +166,9 @@ class EngineAutoencoder(nn.Module):
         self.decoder_engine = EngineModule(decoder, config)
         self.encoder_engine = None if encoder is None else EngineModule(encoder, config)
         self.config = self.decoder_engine.config
+        for name, value in config.items():  # that pipelines read off the autoencoder itself
+            if not name.startswith("_") and not hasattr(self, name):
+                setattr(self, name, value)
         for name, buffer in buffers.items():
             owner: nn.Module = self
             *path, last = name.split(".")

@@ -12,7 +12,7 @@ STAGES = ("quantize", "prune", "distill", "export", "eval")
 FLOORS = (
     (
         *("errors", "budget", "config", "processes", "progress", "memory", "targets", "diffusion", "sampling"),
-        *("checkpoint", "structures"),
+        *("branches", "checkpoint", "structures", "traceable"),
     ),
     ("generator", "denoise", "stage", "artifact", "training", "lora", "caching", "layer_inputs", "recorded"),
     STAGES,
