@@ -57,7 +57,7 @@ class Branches:
 
 def same_tensors(found: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
     """Whether two lists hold equal tensors."""
-    return len(found) == len(before) and all(torch.equal(a, b) for a, b in zip(found, before, strict=True))
+    return len(found) == len(before) and all(a is b or torch.equal(a, b) for a, b in zip(found, before, strict=True))
 
 
 def time_name(names: Sequence[str]) -> str:

@@ -1,4 +1,7 @@
-"""The denoiser outside its pipeline: what it is given beside x_t and t, calls of it, and whole trajectories."""
+"""The denoiser outside its pipeline: what it is given beside x_t and t, calls of it, and whole trajectories.
+
+Time and velocity have one sense here, from sample to noise; networks of the other sense are translated at their call.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from diffpress.diffusion import Schedule
 from diffpress.errors import ConfigError
-from diffpress.generator import Generator, SamplingPlan, argument_names, has_tensor, patched
+from diffpress.generator import Generator, SamplingPlan, argument_names, has_tensor, patched, unwrapped
 
 _FIRST_ORDER_CALLS = (  # deterministic diffusers solvers that call the network once in a step
     "DDIMScheduler",
@@ -23,6 +28,9 @@ _FIRST_ORDER_CALLS = (  # deterministic diffusers solvers that call the network 
     "UniPCMultistepScheduler",
 )
 _TIME_NAMES = ("timestep", "timesteps")
+_TEXT, _TEXT_MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
+_FROM_NOISE = ("Lumina2Transformer2DModel", "ZImageTransformer2DModel")  # told 1 - t, their output is x_0 - eps
+_NEAR = 1e-3  # how far rounding may carry a time beyond 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,14 @@ class Conditioning:
         """The conditions ``index`` [n], int64; tensors without a batch axis (position ids) are shared by all."""
         take = pytree.tree_map_only(Tensor, lambda x: x[index] if x.dim() and len(x) == self.size else x, self.tensors)
         return Conditioning(len(index), take, self.constants)
+
+    def filled(self, length: int) -> Conditioning:
+        """Texts filled up to ``length`` tokens, and the mask that says what counts; for networks that take one."""
+        text = self.tensors[_TEXT]
+        mask = self.tensors.get(_TEXT_MASK, torch.ones(text.shape[:2], dtype=torch.bool, device=text.device))
+        more = length - text.shape[1]
+        given = {_TEXT: functional.pad(text, (0, 0, 0, more)), _TEXT_MASK: functional.pad(mask, (0, more))}
+        return replace(self, tensors=given | {name: x for name, x in self.tensors.items() if name not in given})
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same on another device."""
@@ -108,6 +124,14 @@ def encode(
     return alone, branches[1] if _equal(branches[0].tensors, alone.tensors) else branches[0]
 
 
+def equally_long(network: nn.Module, branches: Sequence[Conditioning]) -> list[Conditioning]:
+    """``branches`` with their texts filled up to the longest, where the network takes a mask of them."""
+    if _TEXT_MASK not in argument_names(network):
+        return list(branches)
+    longest = max(branch.tensors[_TEXT].shape[1] for branch in branches)
+    return [branch.filled(longest) for branch in branches]
+
+
 def _conditioning(inputs: dict[str, Any], size: int) -> Conditioning:
     """All inputs but the first, which is x_t, and the time."""
     kept = {name: value for name, value in list(inputs.items())[1:] if name not in _TIME_NAMES}
@@ -130,11 +154,32 @@ def _equal(left: Any, right: Any) -> bool:
 def denoise(network: nn.Module, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     """The network's output [n, c, ...] for x_t [n, c, ...] and what it is told of the time, [n].
 
-    Channels beyond those of x_t, which some networks use to predict a variance, are cut off.
+    Channels beyond those of x_t, which some networks use to predict a variance, are cut off. A network that counts
+    from noise to sample is told the rest of 1, and its output is the negative.
     """
     state, time = _names(network)
-    inputs = {**conditioning.constants, **conditioning.tensors, state: x_t, time: timesteps, "return_dict": False}
-    return network(**inputs)[0][:, : x_t.shape[1]]
+    told = {state: x_t, time: _forwards(network, timesteps), "return_dict": False}
+    output = network(**(conditioning.constants | conditioning.tensors | told))[0][:, : x_t.shape[1]]
+    return -output if _from_noise(network) else output
+
+
+def as_told(schedule: Schedule, first: float) -> Schedule:
+    """``schedule`` with timesteps in the unit of a network that is told ``first`` of a run's first state.
+
+    That is the table's or, where a pipeline divides before it calls (Flux), that over the number of training steps.
+    """
+    unit = 1 if first > 1 + _NEAR else len(schedule.timesteps)
+    return replace(schedule, timesteps=schedule.timesteps / unit)
+
+
+def _from_noise(network: nn.Module) -> bool:
+    """Whether it counts time, and points, from noise to sample."""
+    return type(unwrapped(network)).__name__ in _FROM_NOISE
+
+
+def _forwards(network: nn.Module, told: Tensor) -> Tensor:
+    """What the network is told of a time from sample to noise, or the other way around."""
+    return 1 - told if _from_noise(network) else told
 
 
 def _names(network: nn.Module) -> tuple[str, str]:
@@ -148,7 +193,7 @@ class Trajectory:
     """Every state of one sampling run of a batch.
 
     ``states`` [steps + 1, n, c, ...], as the network sees them, pure noise first and the finished sample last;
-    ``timesteps`` [steps], what the network is told at each state but the last.
+    ``timesteps`` [steps], what `denoise` is told at each state but the last.
     """
 
     states: Tensor
@@ -187,7 +232,7 @@ def trajectory(
         if len(times) > taken:
             return  # the other guidance branch
         states.append(inputs[state][:count].float())  # guidance doubles the batch; both halves hold the same state
-        times.append(torch.as_tensor(inputs[time]).flatten()[0])
+        times.append(_forwards(generator.denoiser, torch.as_tensor(inputs[time]).flatten()[0]))
 
     def stepping(*args: Any, **kwargs: Any) -> Any:
         nonlocal taken

@@ -349,10 +349,16 @@ class Generator:
         (folder / "model_index.json").write_text(json.dumps(self.index(), indent=2, sort_keys=True) + "\n", "utf8")
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside what `torch.compile` or several processes wrap it in."""
+    for wrapper in ("_orig_mod", "module"):
+        network = getattr(network, wrapper, network)  # type: ignore[assignment]
+    return network
+
+
 def argument_names(network: nn.Module) -> list[str]:
     """Names of what a denoiser's forward takes, in order; an engine knows those of the network it replaces."""
-    for wrapper in ("_orig_mod", "module"):  # compiled; one of several processes
-        network = getattr(network, wrapper, network)  # type: ignore[assignment]
+    network = unwrapped(network)
     known: Any = getattr(network, "argument_names", None)
     return list(known or inspect.signature(network.forward).parameters)
 

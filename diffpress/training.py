@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +32,7 @@ from diffpress.config import config
 from diffpress.errors import ArtifactError, ConfigError, TrainingError
 from diffpress.lora import add_adapters, merge_adapters
 from diffpress.progress import Progress
+from diffpress.traceable import unread
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +253,9 @@ def fit(
     path = folder / CHECKPOINT
     if settings.rank is not None:
         add_adapters(network, settings.rank, seed=seed)
+    for name, parameter in network.named_parameters():
+        if any(fnmatch(name, pattern) for pattern in unread(network)):
+            parameter.requires_grad_(False)  # it would get no gradient, which several processes do not forgive
     network.eval()  # no dropout, of labels either: the student learns a function, not a distribution
     run = _Run(network, target[0] if target else None, settings, key)
     if path.exists():

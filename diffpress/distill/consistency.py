@@ -258,7 +258,7 @@ class Consistency:
         before = held_out_error(generator, held_out, plan, batch_size=batch_size)
         conditions, schedule = Conditions.of(generator, train, plan), student.schedule_of(generator, train)
         teacher, scale = Teacher.of(generator, conditions, train, plan), plan.guidance_scale
-        levels, metadata = self._adopted(generator, schedule, conditions.unique[0], plan)
+        levels, metadata = self._adopted(generator, conditions.unique[0], plan)
         plan, solver = generator.plan_for(plan), generator.pipeline.scheduler
         if settings.renoises:
             metadata = self._renoised(generator)
@@ -281,7 +281,7 @@ class Consistency:
         return Applied(generator, metadata | facts, f"{settings.steps}-step student{judged}, {sentence}")
 
     def _adopted(
-        self, generator: Generator, schedule: Schedule, condition: Any, plan: SamplingPlan
+        self, generator: Generator, condition: Any, plan: SamplingPlan
     ) -> tuple[tuple[Edge, ...], dict[str, Any]]:
         """(the grid that the student's solver visits in as many steps, what `restore` needs).
 
@@ -290,7 +290,7 @@ class Consistency:
         grid = self.config.grid
         adopt(generator, grid)
         times = trajectory(generator, [condition], seeds=[0], plan=generator.plan_for(plan)).timesteps
-        levels = edges_of(schedule, times, grid)
+        levels = edges_of(generator.schedule, times, grid)
         return levels, adopt_on(generator, levels[:: grid // self.config.phase_count], condition, plan)
 
     def _renoised(self, generator: Generator) -> dict[str, Any]:

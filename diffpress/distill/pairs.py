@@ -27,7 +27,7 @@ from torch import Tensor
 from diffpress import processes
 from diffpress.artifact import file_hash, fingerprint, read_json, write_json
 from diffpress.config import config
-from diffpress.denoise import check_solver, first_inputs, trajectory
+from diffpress.denoise import as_told, check_solver, first_inputs, trajectory
 from diffpress.diffusion import Schedule, flow_time, level_at
 from diffpress.errors import ArtifactError, ConfigError, InfrastructureError
 from diffpress.generator import Generator, SamplingPlan
@@ -36,9 +36,9 @@ from diffpress.progress import Progress
 logger = logging.getLogger(__name__)
 
 MANIFEST, FORMAT = "manifest.json", 1
-_HELD_OUT_SEED = 5_000_000  # distance from the seeds of the records that are trained on
-_NEAR = 1e-3  # of the training grid's length: how far beyond its last timestep a solver's first may lie
+_NEAR = 2e-3  # share of the training grid's last timestep by which a solver's first may lie beyond it
 _NOISE = 0.9  # flow time from which on a state is nearly pure noise; Stable Diffusion's schedule ends at 0.936
+_HELD_OUT_SEED = 5_000_000  # distance from the seeds of the records that are trained on
 
 
 @config
@@ -67,7 +67,7 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class Edge:
-    """One level at which states are stored: x = alpha x_0 + sigma eps; ``timestep`` is what the network is told."""
+    """One level at which states are stored: x = alpha x_0 + sigma eps; ``timestep`` is what `denoise` is told."""
 
     alpha: float
     sigma: float
@@ -98,33 +98,21 @@ def solver_plan(settings: PairSettings, plan: SamplingPlan) -> SamplingPlan:
     return replace(plan, scheduler=None, **{name: value for name, value in changes.items() if value is not None})
 
 
-def as_told(schedule: Schedule, first: float) -> Schedule:
-    """``schedule`` with timesteps in the unit of a network that is told ``first`` of pure noise.
-
-    That is the table's or, where a pipeline divides before it calls (Flux), that over the number of training steps.
-    Raises ConfigError where ``first`` is nearly pure noise in neither.
-    """
-    count = len(schedule.timesteps)
-    for unit in (1, count):
-        known = replace(schedule, timesteps=schedule.timesteps / unit)
-        time = flow_time(**level_at(known, torch.tensor(first).double())._asdict())
-        if first <= float(known.timesteps[-1]) + _NEAR * count / unit and time >= _NOISE:
-            return known
-    raise ConfigError(
-        f"the network is told {first:g} of the solver's first state, which is not nearly pure noise; allowed: trailing "
-        f"spacing, and networks that are told the training grid's last timestep {float(schedule.timesteps[-1]):g}, "
-        f"or that over {count}"
-    )
-
-
 def edges_of(schedule: Schedule, timesteps: Tensor, phases: int) -> tuple[Edge, ...]:
     """The edges of ``phases`` equal groups of the solver's ``timesteps`` [steps], and the clean end.
 
-    Raises ConfigError for a first timestep that `as_told` refuses.
+    Raises ConfigError where the first of them is not nearly pure noise.
     """
-    schedule, starts = as_told(schedule, float(timesteps[0])), timesteps[:: len(timesteps) // phases].double()
-    table = torch.stack([*level_at(schedule, starts), starts], 1).tolist()
-    return (*(Edge(*row) for row in table), Edge(1.0, 0.0, None))
+    first, starts = float(timesteps[0]), timesteps[:: len(timesteps) // phases].double()
+    known = as_told(schedule, first)
+    levels, last = level_at(known, starts), float(known.timesteps[-1])
+    if first > last * (1 + _NEAR) or flow_time(**levels._asdict())[0] < _NOISE:
+        raise ConfigError(
+            f"the network is told {first:g} of the solver's first state, which is not nearly pure noise; allowed: "
+            f"trailing spacing, and networks that are told the training grid's last timestep "
+            f"{float(schedule.timesteps[-1]):g}, or that over {len(schedule.timesteps)}"
+        )
+    return (*(Edge(*row) for row in torch.stack([*levels, starts], 1).tolist()), Edge(1.0, 0.0, None))
 
 
 class PairStore:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffpress.denoise import Conditioning, denoise, encode, first_inputs, trajectory
+from diffpress.denoise import Conditioning, as_told, denoise, encode, equally_long, first_inputs, trajectory
 from diffpress.diffusion import Level, Schedule, ddim, flow_time, guide, level, rescale, straightness
-from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, as_told, edges_of
+from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, edges_of
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, switch_scheduler
 from diffpress.sampling import is_flow
@@ -26,6 +26,7 @@ from diffpress.training import Fitted
 
 _WHOLE_RANGE = {"timestep_spacing": "trailing", "final_sigmas_type": "zero", "set_alpha_to_one": True}
 _FIRST_ORDER = {"solver_order": 1, "algorithm_type": "dpmsolver++", "lower_order_final": True}
+_RENORMALIZED = ("Lumina2Pipeline", "QwenImagePipeline")
 _OWN_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
@@ -126,11 +127,14 @@ class Conditions:
             inputs = first_inputs(generator, list(place), dataclasses.replace(plan, scheduler=None))
             tensors = {name: inputs[name] for name in conditional.tensors}
             conditional = dataclasses.replace(conditional, tensors=tensors)
-        if unconditional is not None and _shapes(unconditional) != _shapes(conditional):
-            raise ConfigError(
-                f"{type(generator.pipeline).__name__} gives its two guidance branches texts of different lengths "
-                f"({_shapes(conditional)} and {_shapes(unconditional)}); allowed: a pipeline that pads them to one"
-            )
+        if unconditional is not None:
+            conditional, unconditional = equally_long(generator.denoiser, [conditional, unconditional])
+            if _shapes(unconditional) != _shapes(conditional):
+                raise ConfigError(
+                    f"{type(generator.pipeline).__name__} gives its two guidance branches texts of different lengths "
+                    f"({_shapes(conditional)} and {_shapes(unconditional)}); allowed: a pipeline that pads them to "
+                    "one, or a network that takes a mask"
+                )
         index = torch.tensor([place[condition] for condition in pairs.conditions])
         return cls(list(place), index, conditional, unconditional)
 
@@ -192,13 +196,16 @@ class Teacher:
 
     network: nn.Module
     conditions: Conditions
+    renormalized: bool = False
+    """Whether guided outputs get the norm of the conditional branch back along their last axis, as in the pipeline."""
 
     @classmethod
     def of(cls, generator: Generator, conditions: Conditions, pairs: Pairs, plan: SamplingPlan) -> Teacher:
         """A frozen copy of the generator's denoiser; one that is told a scale is told that of ``plan``."""
         if told_scale(generator.denoiser):
             conditions = Conditions.of(generator, pairs, plan, told=True)
-        return cls(copy.deepcopy(generator.denoiser).eval().requires_grad_(False), conditions)
+        network = copy.deepcopy(generator.denoiser).eval().requires_grad_(False)
+        return cls(network, conditions, type(generator.pipeline).__name__ in _RENORMALIZED)
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, told: Tensor, rows: Tensor, scale: float | Tensor) -> Tensor:
@@ -212,7 +219,10 @@ class Teacher:
         free = self.conditions.unconditional
         if free is None or (not isinstance(scale, Tensor) and scale <= 1):
             return conditional
-        return guide(conditional, denoise(network, x_t, told, free.rows(index).to(x_t.device)).float(), scale)
+        guided = guide(conditional, denoise(network, x_t, told, free.rows(index).to(x_t.device)).float(), scale)
+        if not self.renormalized:
+            return guided
+        return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
 def held_out_error(generator: Generator, pairs: Pairs, plan: SamplingPlan, *, batch_size: int) -> Tensor:

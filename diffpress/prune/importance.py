@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffpress.denoise import Conditioning, denoise, encode, trajectory
-from diffpress.diffusion import ddim, target
+from diffpress.denoise import Conditioning, as_told, denoise, encode, trajectory
+from diffpress.diffusion import Schedule, ddim, target
 from diffpress.generator import Call, Generator, argument_names
 from diffpress.recorded import answer
 from diffpress.stage import Context
@@ -66,14 +66,19 @@ def projected(network: nn.Module, call: Call, random: torch.Generator) -> Tensor
 
 
 def denoising_loss(
-    generator: Generator, x_0: Tensor, conditioning: Conditioning, places: Tensor, random: torch.Generator
+    network: nn.Module,
+    schedule: Schedule,
+    x_0: Tensor,
+    conditioning: Conditioning,
+    places: Tensor,
+    random: torch.Generator,
 ) -> Tensor:
     """sum_n mean((f(x_t, t, c) - target)^2) at ``places`` [n] of the training grid, for samples x_0 [n, c, ...]."""
-    schedule, shape = generator.schedule, (-1, *[1] * (x_0.dim() - 1))
+    shape = (-1, *[1] * (x_0.dim() - 1))
     alpha, sigma = (table[places].float().view(shape).to(x_0) for table in (schedule.alphas, schedule.sigmas))
     eps = torch.randn(x_0.shape, generator=random).to(x_0)
     told = schedule.timesteps[places].float().to(x_0.device)
-    found = denoise(generator.denoiser, ddim(x_0, eps, alpha=alpha, sigma=sigma), told, conditioning)
+    found = denoise(network, ddim(x_0, eps, alpha=alpha, sigma=sigma), told, conditioning)
     wanted = target(x_0, eps, alpha=alpha, sigma=sigma, kind=schedule.parameterization)
     return (found.float() - wanted).square().flatten(1).mean(1).sum()
 
@@ -128,13 +133,14 @@ def _denoising_losses(generator: Generator, context: Context, rows: slice) -> It
     """As many as a run has steps, at times evenly spread over the schedule, and as many again without a condition."""
     random = torch.Generator().manual_seed(rows.start)
     conditions, seeds = context.conditions[rows], context.seeds[rows]
-    x_0 = trajectory(generator, conditions, seeds=seeds, plan=context.plan).states[-1]
+    run = trajectory(generator, conditions, seeds=seeds, plan=context.plan)
+    x_0, schedule = run.states[-1], as_told(generator.schedule, float(run.timesteps[0]))
     branches = [branch.to(x_0.device) for branch in encode(generator, conditions, context.plan) if branch is not None]
-    steps, grid = context.plan.steps, len(generator.schedule.timesteps)
+    steps, grid = context.plan.steps, len(schedule.timesteps)
     for step in range(steps):
         places = ((step + torch.rand(len(x_0), generator=random)) / steps * grid).long()
         for branch in branches:
-            yield partial(denoising_loss, generator, x_0, branch, places, random)
+            yield partial(denoising_loss, generator.denoiser, schedule, x_0, branch, places, random)
 
 
 def weight_norms(structure: Structure) -> Tensor:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffpress.denoise import check_solver, trajectory
+from diffpress.denoise import as_told, check_solver, trajectory
 from diffpress.diffusion import read_schedule, timestep_at
-from diffpress.distill.pairs import MANIFEST, PairSettings, PairStore, as_told, edges_of
+from diffpress.distill.pairs import MANIFEST, PairSettings, PairStore, edges_of
 from diffpress.distill.student import trailing
 from diffpress.errors import ArtifactError, ConfigError, InfrastructureError
 from diffpress.generator import SamplingPlan

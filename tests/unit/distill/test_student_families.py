@@ -15,7 +15,7 @@ from diffpress.distill.reflow import Reflow, ReflowConfig
 from diffpress.distill.student import Conditions, Teacher
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.sampling import SamplingPlan
+from diffpress.sampling import SamplingPlan, patched
 from diffpress.stage import Context
 from diffpress.targets import TARGETS
 from diffpress.training import TrainingSettings
@@ -36,7 +36,7 @@ def called(generator, plan):
     return trajectory(generator, generator.conditions(1), seeds=[0], plan=plan).timesteps
 
 
-@pytest.fixture(scope="module", params=["sd3", "flux", "flux2", "auraflow"])
+@pytest.fixture(scope="module", params=["sd3", "flux", "flux2", "auraflow", "lumina2", "zimage", "qwen"])
 def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
     make(request.param).save_pretrained(folder)
@@ -65,6 +65,34 @@ def test_students_are_called_where_they_learned(checkpoint, kind, tmp_path):
         one.sample(conditions, seeds=[0, 1], plan=one.plan_for(PLAN), batch_size=2).images for one in (generator, again)
     ]
     assert (drawn[0] == drawn[1]).all()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux2", "chroma", "auraflow", "sana", "lumina2", "zimage", "qwen"])
+def test_a_teacher_guides_as_its_pipeline_does(name, relative):
+    """What the solver is given in its second step, texts of two lengths."""
+    generator = Generator(make(name))
+    plan = replace(PLAN, steps=3, height=32, width=32)
+    pairs = Pairs(torch.zeros(2, 2, 1), generator.conditions(2, ["a cat", "two dogs in snow"]), [0, 1], ())
+    teacher, given = Teacher.of(generator, Conditions.of(generator, pairs, plan), pairs, plan), []
+    run = trajectory(generator, pairs.conditions, seeds=[0, 1], plan=plan)
+    step = generator.pipeline.scheduler.step
+
+    def stepping(output, *args, **kwargs):
+        given.append(output)
+        return step(output, *args, **kwargs)
+
+    with patched(generator.pipeline.scheduler, "step", stepping):
+        generator.draw(pairs.conditions, seeds=[0, 1], plan=plan)
+
+    def apart(teacher, told=run.timesteps[1], scale=plan.guidance_scale):
+        return relative(teacher(run.states[1], told.expand(2), torch.arange(2), scale), given[1])
+
+    assert apart(teacher) < 2e-6
+    assert apart(teacher, scale=1.5 * plan.guidance_scale) > 2e-5  # random networks may hardly read their text
+    if name in ("lumina2", "zimage"):  # told the time that the pipeline tells them
+        assert apart(teacher, told=1 - run.timesteps[1]) > 1e-3
+    if name in ("lumina2", "qwen"):
+        assert apart(replace(teacher, renormalized=False)) > 1e-3
 
 
 def test_a_teacher_that_is_told_its_scale_is_told_that_of_the_pairs():

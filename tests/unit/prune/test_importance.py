@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from families import make
 
 from diffpress.denoise import encode
 from diffpress.errors import ConfigError
-from diffpress.generator import SamplingPlan
+from diffpress.generator import Generator, SamplingPlan
 from diffpress.prune.importance import (
     denoising_loss,
     gate_gradients,
@@ -126,14 +127,30 @@ def test_denoising_loss_is_the_schedulers(dit):
     given = encode(dit, dit.conditions(3), SamplingPlan(steps=2))[0]
     x_0, places = torch.randn(3, 4, 8, 8), torch.tensor([3, 500, 990])
     with torch.no_grad():
-        found = denoising_loss(dit, x_0, given, places, torch.Generator().manual_seed(1))
+        found = denoising_loss(dit.denoiser, dit.schedule, x_0, given, places, torch.Generator().manual_seed(1))
         eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
         output = dit.denoiser(scheduler.add_noise(x_0, eps, places), places.float(), **given.tensors).sample
     expected = (output - scheduler.get_velocity(x_0, eps, places)).square().mean((1, 2, 3)).sum()
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
     with torch.no_grad():
-        other = denoising_loss(dit, x_0, given, places, torch.Generator().manual_seed(2))
+        other = denoising_loss(dit.denoiser, dit.schedule, x_0, given, places, torch.Generator().manual_seed(2))
     assert float(other) != pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(("family", "last"), [("flux", 1.0), ("dit", 999.0)])
+def test_networks_are_told_times_in_their_own_unit(family, last, request, context):
+    generator = request.getfixturevalue("dit") if family == "dit" else Generator(make(family))
+    structures = {name: s for name, s in find_structures(generator.denoiser, KINDS).items() if s.units > 1}
+    plan, told = SamplingPlan(steps=2, height=16, width=16), []
+    given = replace(context(generator), plan=plan if generator.can_resize else replace(plan, height=None, width=None))
+
+    def see(network, args, kwargs):
+        told.append(kwargs["timestep"])
+
+    handle = generator.denoiser.register_forward_pre_hook(see, with_kwargs=True)
+    unit_scores("taylor", structures, generator, given, samples=2)
+    handle.remove()
+    assert 0.8 * last < float(torch.cat([each.flatten() for each in told]).max()) <= last
 
 
 def test_loss_of_samples_needs_a_deterministic_solver(ddpm, context):
