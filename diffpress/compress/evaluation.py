@@ -132,9 +132,15 @@ def quality_metrics(path: Path) -> tuple[Metric, ...]:
     """Distances of original and engine to the same reference, paired by noise, from a file of features."""
     parts = {name: Features.load(f"{path}#{name}").values for name in ("original", "engine", "reference")}
     original, engine, reference = parts["original"], parts["engine"], parts["reference"]
-    rows = []
-    for name, replicates in (("frechet", frechet_replicates), ("kernel", kernel_replicates)):
-        rows.append(distribution_metric(name, replicates(original, reference), replicates(engine, reference)))
+    frechet, kernel = (
+        (replicates(original, reference), replicates(engine, reference))
+        for replicates in (frechet_replicates, kernel_replicates)
+    )
+    rows = [
+        distribution_metric("frechet", *frechet),
+        distribution_metric("frechet_unbiased", *frechet, debias=True),
+        distribution_metric("kernel", *kernel),
+    ]
     shares = {
         ("precision", "recall"): precision_recall_replicates,
         ("density", "coverage"): density_coverage_replicates,

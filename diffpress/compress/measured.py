@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def distribution_metric(name: str, original: Replicates, engine: Replicates) -> Metric:
+def distribution_metric(name: str, original: Replicates, engine: Replicates, *, debias: bool = False) -> Metric:
     """Row of a distance ``name`` of both models to the same reference, samples paired by noise.
+
+    With ``debias`` the figures are without what a sample of this size adds to them, which pulls ratios towards 1.
 
     Without a ratio where more is better, or where the original's distance cannot be told from zero.
     """
@@ -48,7 +50,7 @@ def distribution_metric(name: str, original: Replicates, engine: Replicates) -> 
     ratio = None
     if facts.direction == "lower":
         try:
-            ratio = paired_ratio(original, engine)
+            ratio = paired_ratio(original, engine, debias=debias)
         except ConfigError as error:
             logger.warning("%s: no ratio: %s", facts.title, error)
     return Metric(
@@ -57,9 +59,9 @@ def distribution_metric(name: str, original: Replicates, engine: Replicates) -> 
         unit=facts.unit,
         direction=facts.direction,
         n=original.n,
-        original=interval(original),
-        engine=interval(engine),
-        difference=paired_difference(original, engine),
+        original=interval(original, debias=debias),
+        engine=interval(engine, debias=debias),
+        difference=paired_difference(original, engine, debias=debias),
         ratio=ratio,
     )
 

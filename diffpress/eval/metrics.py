@@ -27,6 +27,7 @@ class Metric:
 
 _ALL = (
     Metric("frechet", "Fréchet distance", "feature²", "lower", "Heusel et al. 2017"),
+    Metric("frechet_unbiased", "Fréchet distance, n → ∞", "feature²", "lower", "frechet, jackknifed (Quenouille 1956)"),
     Metric("kernel", "kernel distance (KID)", "1", "lower", "Bińkowski et al. 2018"),
     Metric("precision", "precision", "share", "higher", "Kynkäänniemi et al. 2019"),
     Metric("recall", "recall", "share", "higher", "Kynkäänniemi et al. 2019"),

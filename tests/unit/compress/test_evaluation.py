@@ -83,14 +83,17 @@ def test_every_distance_has_a_row_with_intervals(tmp_path: Path) -> None:
         tmp_path / "features", {name: Features(values, "test", "none", "abc", name) for name, values in sets.items()}
     )
     rows = evaluation.quality_metrics(tmp_path / "features")
-    assert [row.name for row in rows] == ["frechet", "kernel", "precision", "recall", "density", "coverage"]
+    names = ["frechet", "frechet_unbiased", "kernel", "precision", "recall", "density", "coverage"]
+    assert [row.name for row in rows] == names
     shares = precision_recall(original, reference)
-    assert [rows[index].original.value for index in (2, 3)] == pytest.approx(shares)
+    assert [rows[index].original.value for index in (3, 4)] == pytest.approx(shares)
+    biased, unbiased = rows[:2]
+    assert unbiased.original.value < 0.5 * biased.original.value  # equal distributions: all of it is the small sample
     for row in rows:
         assert row.n == 120
         assert row.engine.low < row.engine.high
         assert row.difference is not None
-        assert row.difference.value == pytest.approx(row.engine.value - row.original.value)
+        assert row.difference.value == pytest.approx(row.engine.value - row.original.value, abs=1e-9)
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -182,6 +182,10 @@ def test_rows_from_measurements():
     assert (row.name, row.n, row.direction) == ("frechet", 400, "lower")
     assert row.ratio.low > 1
     assert row.difference.value == pytest.approx(row.engine.value - row.original.value)
+    without = distribution_metric("frechet_unbiased", *replicates, debias=True)
+    assert without.label == "Fréchet distance, n → ∞"
+    assert without.engine.value < row.engine.value
+    assert without.ratio.value > row.ratio.value
     pair = paired_metric("relative_error", [0.1, 0.2, 0.3, 0.4], label="latents")
     assert (pair.label, pair.median, pair.mean.value) == ("latents", 0.25, pytest.approx(0.25))
     timings = {
