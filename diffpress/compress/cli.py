@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from diffpress import __version__
+from diffpress.compress.console import err, out, print_table
 from diffpress.errors import ConfigError, DiffpressError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import click
 
     from diffpress.compress.progress import RichProgress
@@ -29,8 +26,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-_out = Console()
-_err = Console(stderr=True)
 _state = {"quiet": False}
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")]
@@ -57,7 +52,7 @@ def _global(
     Start with: [bold]diffpress run quickstart --output demo[/]
     """
     if version:
-        _out.print(f"diffpress {__version__}")
+        out.print(f"diffpress {__version__}")
         raise typer.Exit
     _state["quiet"] = quiet
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
@@ -86,12 +81,12 @@ def ls(
     from diffpress.compress.recipe import recipe_summary, shipped_recipes
     from diffpress.targets import TARGETS
 
-    _print_table(("recipe", "what it does"), ((name, recipe_summary(file)) for name, file in shipped_recipes().items()))
-    _print_table(("method", "what it does"), ((name, _summary(cls)) for name, cls in sorted(_methods().items())))
-    _print_table(
+    print_table(("recipe", "what it does"), ((name, recipe_summary(file)) for name, file in shipped_recipes().items()))
+    print_table(("method", "what it does"), ((name, _summary(cls)) for name, cls in sorted(_methods().items())))
+    print_table(
         ("target", "8-bit activations", "here"), ((name, _codes(TARGETS[name]), _here(name)) for name in TARGETS)
     )
-    _out.print("To change a recipe: diffpress cp RECIPE. To see all of its settings: diffpress validate RECIPE.")
+    out.print("To change a recipe: diffpress cp RECIPE. To see all of its settings: diffpress validate RECIPE.")
 
 
 @app.command()
@@ -179,7 +174,7 @@ def run(
     loaded = load_recipe(recipe, overrides or [], methods=_configs())
     result = runner.run(loaded, output, dry_run=dry_run, progress=_progress())
     if dry_run:
-        _err.print("The recipe fits the model and the target; nothing was built.")
+        err.print("The recipe fits the model and the target; nothing was built.")
     elif result is not None:
         _finish(result.report, result.directory)
 
@@ -250,7 +245,7 @@ def benchmark(
     from diffpress.compress import measured, runner, tables
 
     rows = runner.measure_latency(directory, rounds=rounds, beside=beside or (), progress=_progress())
-    _print_table(*tables.timing_table(rows))
+    print_table(*tables.timing_table(rows))
     if json_file:
         measured.write_timings(rows, json_file)
 
@@ -281,7 +276,7 @@ def profile(
 
     found = profile_engine(directory, batch=batch, rounds=rounds, progress=_progress())
     for table in (tables.parts_table, tables.layers_table, tables.honesty_table):
-        _print_table(*table(found))
+        print_table(*table(found))
     for file in write_profile(found, output, json_file):
         typer.echo(str(file))
 
@@ -325,18 +320,18 @@ def check(
         junit.write_text(check_output.junit(result, strict=strict), encoding="utf-8")
     if markdown is not None:
         markdown.write_text(check_output.markdown(result), encoding="utf-8")
-    _out.print(check_output.table(result))
+    out.print(check_output.table(result))
     if result.outcome == "undecided" and not strict:
-        _err.print(f"[yellow]warning:[/] {result.sentence}; it counts as passed (--strict makes it fail)")
+        err.print(f"[yellow]warning:[/] {result.sentence}; it counts as passed (--strict makes it fail)")
     result.require(strict=strict)
 
 
 def _finish(report: Report, directory: Path) -> None:
     """Print the verdict and where the page is; exit 1 where the gate failed."""
     color = {"pass": "green", "fail": "red", "undecided": "yellow"}.get(report.verdict.outcome, "bold")
-    _out.print(f"[bold {color}]{report.verdict.outcome}[/]: {report.verdict.headline}", highlight=False, soft_wrap=True)
+    out.print(f"[bold {color}]{report.verdict.outcome}[/]: {report.verdict.headline}", highlight=False, soft_wrap=True)
     for item in report.verdict.criteria:
-        _out.print(f"  {item.outcome}: {item.sentence}", highlight=False, soft_wrap=True)
+        out.print(f"  {item.outcome}: {item.sentence}", highlight=False, soft_wrap=True)
     typer.echo(f"report: {directory / 'report.html'}")
     if report.verdict.outcome == "fail":
         raise typer.Exit(1)
@@ -349,17 +344,8 @@ def _show_artifact(directory: Path) -> None:
     rows = [(stage.name, stage.summary, f"{stage.seconds:.1f} s") for stage in report.stages]
     facts = f"{report.engine.quantized_operators} operators in 8 bits, {report.engine.float_operators} in float"
     rows.append((f"export {report.engine.target}", facts, f"{report.engine.seconds:.1f} s"))
-    _print_table(("stage", "result", "time"), rows)
-    _out.print(f"{report.verdict.outcome}: {report.verdict.headline}", highlight=False)
-
-
-def _print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    table.columns[0].no_wrap, table.columns[0].min_width = True, 17
-    for row in rows:
-        table.add_row(*row)
-    _out.print(table)
-    _out.print()
+    print_table(("stage", "result", "time"), rows)
+    out.print(f"{report.verdict.outcome}: {report.verdict.headline}", highlight=False)
 
 
 def _methods() -> dict[str, Any]:
@@ -396,4 +382,4 @@ def _here(target: str) -> str:
 def _progress() -> RichProgress:
     from diffpress.compress.progress import RichProgress
 
-    return RichProgress(_err, quiet=_state["quiet"])
+    return RichProgress(err, quiet=_state["quiet"])

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffpress.__main__ import run
 from diffpress.caching import CachePolicy
-from diffpress.compress import cli
+from diffpress.compress import console
 from diffpress.compress.profile import Part, RunProfile, _watch, profile_engine
 from diffpress.compress.profile_output import profile_data, profile_plot
 from diffpress.compress.tables import honesty_table, layers_table, parts_table
@@ -96,7 +96,7 @@ def test_each_graph_of_a_cached_denoiser_is_measured(request, family, context, t
 
 @pytest.mark.slow
 def test_the_command_prints_and_writes(run_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_out", Console(width=200))
+    monkeypatch.setattr(console, "out", Console(width=200))
     where, alone = tmp_path / "some/where", tmp_path / "alone.json"
     assert run(["profile", str(run_folder), "--rounds", "1", "--output", str(where), "--json", str(alone)]) == 0
     text = capsys.readouterr().out

@@ -1,0 +1,33 @@
+"""Where the command line prints, and the form of its tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+WIDE = 160  # columns of a file, a pipe or a log, which no window cuts off
+
+
+def make_console(*, terminal: bool) -> Console:
+    """As wide as the window or as COLUMNS says, else `WIDE`."""
+    return Console(width=None if terminal or "COLUMNS" in os.environ else WIDE)
+
+
+out = make_console(terminal=sys.stdout.isatty())
+err = Console(stderr=True)
+
+
+def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """A table without lines; in a narrow window its cells are broken, and nothing is left out."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    table.columns[0].no_wrap, table.columns[0].min_width = True, 17
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    out.print()
