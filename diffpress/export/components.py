@@ -65,12 +65,16 @@ def flatten_inputs(inputs: dict[str, Any]) -> dict[str, Tensor]:
     Timesteps become float32 [1] or [batch]: schedulers give integers or fractions, with or without an axis.
     """
     flat: dict[str, Tensor] = {}
-    for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
-        if isinstance(leaf, Tensor):
-            keys: list[Any] = list(path)
-            last = keys[-1]
-            name = last.key if isinstance(last, pytree.MappingKey) else f"{keys[0].key}.{last.idx}"
-            flat[name] = leaf.float().reshape(-1) if name == "timestep" else leaf
+    for argument, value in inputs.items():
+        if isinstance(value, Tensor):  # nearly always, and engines do this in every step, where trees are slow
+            flat[argument] = value
+            continue
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, Tensor):
+                last: Any = path[-1]
+                flat[last.key if isinstance(last, pytree.MappingKey) else f"{argument}.{last.idx}"] = leaf
+    if "timestep" in flat:
+        flat["timestep"] = flat["timestep"].float().reshape(-1)
     return flat
 
 
