@@ -6,10 +6,12 @@ ours, 130 stopped with Ctrl-C.
 
 from __future__ import annotations
 
+import _thread
 import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from typing import Any, NoReturn
 
@@ -26,13 +28,33 @@ class _Stopped(BaseException):
 
 
 class _CtrlC:
-    """Handles the signal, and remembers it: a library stopped in the middle may come out with an error of its own."""
+    """Handles the signal, and remembers it: a library stopped in the middle may come out with an error of its own.
+
+    Python swallows what is raised in a finalizer or a callback of a weak reference; then the signal is sent once more.
+    """
 
     pressed = False
 
     def __call__(self, number: int, frame: Any) -> NoReturn:
         self.pressed = True
         raise _Stopped
+
+    def __enter__(self) -> _CtrlC:
+        self._handler, self._hook = signal.signal(signal.SIGINT, self), sys.unraisablehook
+        sys.unraisablehook = self._swallowed
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._handler)
+        sys.unraisablehook = self._hook
+
+    def _swallowed(self, lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, _Stopped):
+            self._hook(lost)
+            return
+        again = threading.Timer(0.05, _thread.interrupt_main)  # later: raised now, it would be swallowed here
+        again.daemon = True
+        again.start()
 
 
 def main() -> None:
@@ -49,12 +71,12 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     flags = [argument for argument in arguments if argument in _GLOBAL]
     ctrl_c = _CtrlC()
-    before = signal.signal(signal.SIGINT, ctrl_c)
     try:
-        require_versions()
-        from diffpress.compress import cli
+        with ctrl_c:
+            require_versions()
+            from diffpress.compress import cli
 
-        cli.command().main(flags + [item for item in arguments if item not in _GLOBAL], prog_name="diffpress")
+            cli.command().main(flags + [item for item in arguments if item not in _GLOBAL], prog_name="diffpress")
     except SystemExit as finished:
         return finished.code if isinstance(finished.code, int) else 0 if finished.code is None else 1
     except (Exception, _Stopped) as error:
@@ -63,8 +85,6 @@ def run(arguments: list[str]) -> int:
         message, code = explain(_Stopped() if ctrl_c.pressed else error)
         sys.stderr.write(f"diffpress: {message}\n")
         return code
-    finally:
-        signal.signal(signal.SIGINT, before)
     return 0
 
 

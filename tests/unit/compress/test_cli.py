@@ -164,8 +164,16 @@ from types import SimpleNamespace
 from diffpress.__main__ import run
 from diffpress.compress import cli
 
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+
 def main(arguments, prog_name):
     try:
+        if SWALLOWED:
+            Finalized()
+            time.sleep(30)
         if PRESSED:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
@@ -184,16 +192,17 @@ raise SystemExit(code)
 
 
 @pytest.mark.parametrize(
-    ("pressed", "converts", "code", "text"),
+    ("pressed", "swallowed", "converts", "code", "text"),
     [
-        (True, False, 130, "run the same command again to go on"),
-        (True, True, 130, "run the same command again to go on"),  # by a library that it stopped in the middle
-        (False, True, 70, "a bug of diffpress: RuntimeError"),
+        (True, False, False, 130, "run the same command again to go on"),
+        (False, True, False, 130, "run the same command again to go on"),  # by Python: in a finalizer it is ignored
+        (True, False, True, 130, "run the same command again to go on"),  # by a library that it stopped in the middle
+        (False, False, True, 70, "a bug of diffpress: RuntimeError"),
     ],
 )
-def test_ctrl_c_says_how_to_go_on(pressed, converts, code, text):
+def test_ctrl_c_says_how_to_go_on(pressed, swallowed, converts, code, text):
     """In a process of its own: the signal would reach the one that runs the tests."""
-    script = f"PRESSED, CONVERTS = {pressed}, {converts}{STOPPED}"
+    script = f"PRESSED, SWALLOWED, CONVERTS = {pressed}, {swallowed}, {converts}{STOPPED}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     assert text in done.stderr
