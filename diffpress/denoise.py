@@ -5,7 +5,7 @@ Time and velocity have one sense here, from sample to noise; networks of the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,16 +35,16 @@ _NEAR = 1e-3  # how far rounding may carry a time beyond 1
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Denoiser inputs beside x_t and t for ``size`` conditions: ``tensors`` as a pytree, and other ``constants``."""
+    """Denoiser inputs beside x_t and t, by name: ``tensors``, pytrees of [n, ...] with a row for each condition, and
+    ``constants`` that all conditions share, among them tensors without a batch axis (position ids).
+    """
 
-    size: int
     tensors: dict[str, Any]
     constants: dict[str, Any]
 
-    def rows(self, index: Tensor) -> Conditioning:
-        """The conditions ``index`` [n], int64; tensors without a batch axis (position ids) are shared by all."""
-        take = pytree.tree_map_only(Tensor, lambda x: x[index] if x.dim() and len(x) == self.size else x, self.tensors)
-        return Conditioning(len(index), take, self.constants)
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """The conditions ``index``: int64 [n], or a slice."""
+        return replace(self, tensors=pytree.tree_map_only(Tensor, lambda x: x[index], self.tensors))
 
     def filled(self, length: int) -> Conditioning:
         """Texts filled up to ``length`` tokens, and the mask that says what counts; for networks that take one."""
@@ -56,8 +56,7 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same on another device."""
-        moved = pytree.tree_map_only(Tensor, lambda x: x.to(device), self.tensors)
-        return Conditioning(self.size, moved, self.constants)
+        return Conditioning(*pytree.tree_map_only(Tensor, lambda x: x.to(device), (self.tensors, self.constants)))
 
 
 class _Caught(Exception):  # noqa: N818 - a signal, not an error
@@ -108,16 +107,18 @@ def encode(
     Families differ in whether both branches are halves of one batch or two calls, and in their order: the one equal to
     an unguided run is conditional. Two calls may be given texts of different lengths.
     """
-    size, strong = len(conditions), max(plan.guidance_scale, 2.0)
-    plain = first_inputs(generator, conditions, replace(plan, guidance_scale=1.0))
-    alone = _conditioning(plain, size)
-    guided = replace(plan, guidance_scale=strong, steps=max(2, plan.steps))
+    unguided = replace(plan, guidance_scale=1.0)
+    plain = first_inputs(generator, conditions, unguided)
+    shared = _shared(*(first_inputs(generator, [conditions[0]] * count, unguided) for count in (1, 2)))
+    alone, size = _conditioning(plain, shared), len(conditions)
+    guided = replace(plan, guidance_scale=max(plan.guidance_scale, 2.0), steps=max(2, plan.steps))
     first, second = _first_calls(generator, conditions, guided, 2)
     state, time = _names(generator.denoiser)
     if len(first[state]) == 2 * len(plain[state]):
-        branches = [_conditioning(_half(first, len(plain[state]), half), size) for half in (True, False)]
+        both = _conditioning(first, shared)
+        branches = [both.rows(slice(size)), both.rows(slice(size, None))]
     else:
-        branches = [_conditioning(inputs, size) for inputs in (first, second)]
+        branches = [_conditioning(inputs, shared) for inputs in (first, second)]
         same_time = torch.equal(torch.as_tensor(first[time]), torch.as_tensor(second[time]))
         if not same_time or _equal(branches[0].tensors, branches[1].tensors):
             return alone, None
@@ -132,16 +133,20 @@ def equally_long(network: nn.Module, branches: Sequence[Conditioning]) -> list[C
     return [branch.filled(longest) for branch in branches]
 
 
-def _conditioning(inputs: dict[str, Any], size: int) -> Conditioning:
-    """All inputs but the first, which is x_t, and the time."""
+def _conditioning(inputs: dict[str, Any], shared: Set[str]) -> Conditioning:
+    """All inputs but the first, which is x_t, and the time; those named ``shared`` have no batch axis."""
     kept = {name: value for name, value in list(inputs.items())[1:] if name not in _TIME_NAMES}
-    tensors = {name: value for name, value in kept.items() if has_tensor(value)}
-    return Conditioning(size, tensors, {name: value for name, value in kept.items() if name not in tensors})
+    tensors = {name: value for name, value in kept.items() if has_tensor(value) and name not in shared}
+    return Conditioning(tensors, {name: value for name, value in kept.items() if name not in tensors})
 
 
-def _half(value: Any, size: int, first: bool) -> Any:
-    part = slice(0, size) if first else slice(size, None)
-    return pytree.tree_map_only(Tensor, lambda x: x[part] if x.dim() and len(x) == 2 * size else x, value)
+def _shared(one: dict[str, Any], two: dict[str, Any]) -> set[str]:
+    """Names of the inputs whose tensors are as large for two conditions as for ``one``."""
+
+    def shapes(value: Any) -> list[torch.Size]:
+        return [leaf.shape for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+    return {name for name, value in one.items() if has_tensor(value) and shapes(value) == shapes(two.get(name))}
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -145,8 +145,8 @@ class Conditions:
             return given
 
         def pick(conditional: Any, unconditional: Any) -> Any:
-            if not isinstance(conditional, Tensor) or conditional.dim() == 0 or len(conditional) != len(rows):
-                return conditional  # shared by all
+            if not isinstance(conditional, Tensor):
+                return conditional
             return torch.where(free.view(-1, *[1] * (conditional.dim() - 1)), unconditional, conditional)
 
         other = self.unconditional.rows(self.index[rows])

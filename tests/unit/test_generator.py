@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from families import make, zimage
 from tiny import make_scheduler
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from diffpress.denoise import encode, trajectory
 from diffpress.errors import CheckpointError, ConfigError
@@ -205,6 +206,30 @@ def test_branches_of_two_calls():
 def test_branches_of_two_calls_have_texts_of_their_own_length():
     alone, without, _ = two_calls(["a cat in a tree that looks down at a dog"])
     assert alone.tensors["encoder_hidden_states"].shape[1] > without.tensors["encoder_hidden_states"].shape[1]
+
+
+@pytest.mark.parametrize("family", ["flux", "hunyuan"])
+def test_tensors_that_a_batch_shares_are_told_from_as_many_conditions(family):
+    """Position ids and rotations, with a token for each row of the other inputs, of one branch or of both."""
+    generator = Generator(make(family))
+    plan = SamplingPlan(steps=2, guidance_scale=3.0, height=64, width=64)
+    one, _ = encode(generator, ["a cat"], plan)
+    ids = {name: leaves for name, value in one.constants.items() if (leaves := tensors_of(value))}
+    assert ids
+    tokens = max(len(leaf) for leaves in ids.values() for leaf in leaves)
+    for count in {tokens // 2, tokens}:
+        for branch in encode(generator, [f"{number} cats" for number in range(count)], plan):
+            if branch is None:  # flux is told its guidance
+                continue
+            torch.testing.assert_close({name: tensors_of(branch.constants[name]) for name in ids}, ids)
+            assert {len(leaf) for leaf in tensors_of(branch.tensors)} == {count}
+            some = branch.rows(torch.tensor([count - 1, 0]))
+            assert {len(leaf) for leaf in tensors_of(some.tensors)} == {2}
+            assert some.constants is branch.constants
+
+
+def tensors_of(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def test_states_of_a_run_whose_branches_are_two_calls():

@@ -37,7 +37,7 @@ def made(network=None, schedule=VP, scale=SCALE, size=2, nothing=2, **changes):
     """A loss over records of two classes, ``network`` (the Gaussians' conditional means) as the teacher."""
     config = ConsistencyConfig(**{"steps": 2, "grid": 40, "loss": "l2", "training": TRAINING} | changes)
     index = torch.arange(RECORDS) % 2
-    branches = [Conditioning(2, {"class_labels": torch.tensor(labels)}, {}) for labels in ([0, 1], [nothing] * 2)]
+    branches = [Conditioning({"class_labels": torch.tensor(labels)}, {}) for labels in ([0, 1], [nothing] * 2)]
     teacher = Teacher(network or Oracle(schedule, MEANS, DEVIATION), Conditions([0, 1], index, *branches))
     noise = torch.randn(RECORDS, 4, size, size, generator=torch.Generator().manual_seed(0))
     samples = torch.tensor(GUIDED)[index].view(-1, 1, 1, 1) + DEVIATION * noise
@@ -211,7 +211,7 @@ def test_one_phase_is_latent_consistency(dit):
     def branch(x, places, labels):
         told = loss.at(places).told
         with torch.no_grad():
-            return denoise(dit.denoiser, x, told, Conditioning(len(x), {"class_labels": labels}, {})).float()
+            return denoise(dit.denoiser, x, told, Conditioning({"class_labels": labels}, {})).float()
 
     def consistency(x, output, at):
         skip_part, out_part = (part.view(-1, 1, 1, 1) for part in lcm_boundary(at.told.double()))

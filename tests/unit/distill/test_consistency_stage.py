@@ -54,7 +54,7 @@ def test_pipeline_draws_what_the_trainer_trained(dit, context, tmp_path):
     schedule = dit.schedule
     apply(dit, context, tmp_path, steps=4, training=SHORT)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    given = Conditioning(1, {"class_labels": torch.tensor([2])}, {})
+    given = Conditioning({"class_labels": torch.tensor([2])}, {})
     for now, after in pairwise((999, 749, 499, 249, None)):
         x = jump(dit.denoiser, x, given, schedule, now, after)
     drawn = torch.from_numpy(dit.sample([2], seeds=[3], plan=dit.plan).latents) * dit.pipeline.vae.config.scaling_factor

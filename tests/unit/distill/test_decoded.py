@@ -103,7 +103,7 @@ def loss(dit):
     """Over made-up records of two phases, with decoded pictures."""
     edges = [Edge(float(dit.schedule.alphas[i]), float(dit.schedule.sigmas[i]), float(i)) for i in (999, 499)]
     pairs = Pairs(normal(0, 8, 3, 4, 8, 8), [0] * 8, list(range(8)), (*edges, Edge(1.0, 0.0, None)))
-    given = Conditioning(1, {"class_labels": torch.tensor([1])}, {})
+    given = Conditioning({"class_labels": torch.tensor([1])}, {})
     conditions = Conditions([0], torch.zeros(8, dtype=torch.long), given, None)
     config = ReflowConfig(steps=2, decoded=0.5, pairs=PAIRS, training=TRAINING)
     return ReflowLoss(pairs, conditions, dit.schedule, config, decoder=Decoder.of(dit))

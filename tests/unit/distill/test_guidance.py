@@ -34,7 +34,7 @@ def guided(scale):
 def made(schedule=VP, scale=SCALE, records=16):
     """A loss over records of two classes, the Gaussians' conditional means as the teacher."""
     index = torch.arange(records) % 2
-    branches = [Conditioning(2, {"class_labels": torch.tensor(labels)}, {}) for labels in ([0, 1], [2, 2])]
+    branches = [Conditioning({"class_labels": torch.tensor(labels)}, {}) for labels in ([0, 1], [2, 2])]
     teacher = Teacher(Oracle(schedule, MEANS, DEVIATION), Conditions([0, 1], index, *branches))
     samples = torch.randn(records, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     return GuidanceLoss(samples, teacher, scale, schedule)

@@ -33,7 +33,7 @@ def losses(dit):
         starts = [steps - 1 - round(steps * phase / phases) for phase in range(phases)]
         edges = [Edge(*(float(table[place]) for table in tables)) for place in starts]
         pairs = Pairs(states, [0] * len(states), list(range(len(states))), (*edges, Edge(1.0, 0.0, None)))
-        conditions = Conditions([0], torch.zeros(len(states), dtype=torch.long), Conditioning(1, {}, {}), None)
+        conditions = Conditions([0], torch.zeros(len(states), dtype=torch.long), Conditioning({}, {}), None)
         steps = phases if times == "edges" else 4
         pairs_settings = PairSettings(steps=4 * phases)
         settings = ReflowConfig(
@@ -170,7 +170,7 @@ def test_guided_goal_is_the_teachers_finish_of_the_students_way(guided):
 def test_guided_finish_has_the_guidance_of_the_pairs(guided):
     """Guidance of equally wide Gaussians moves the mean: from 0.3 and 0.1 by 3 to 0.7."""
     loss, rows = guided("v", ([0.3, 0.1], 0.4, "straight"), scale=3.0), torch.arange(16)
-    branches = [Conditioning(1, {"class_labels": torch.tensor([label])}, {}) for label in (0, 1)]
+    branches = [Conditioning({"class_labels": torch.tensor([label])}, {}) for label in (0, 1)]
     conditions = Conditions([0], loss.conditions.index, *branches)
     loss = replace(loss, conditions=conditions, teacher=replace(loss.teacher, conditions=conditions))
     noise = torch.randn(16, 2, 3, 3, generator=torch.Generator().manual_seed(1))
@@ -270,7 +270,7 @@ def test_pipeline_draws_what_the_trainer_trained(dit, context, tmp_path):
         for now, after in ((999, 499), (499, None)):
             at = {"alpha": alphas[now].float(), "sigma": sigmas[now].float(), "kind": kind}
             output = denoise(
-                dit.denoiser, x, torch.tensor([now]), Conditioning(1, {"class_labels": torch.tensor([2])}, {})
+                dit.denoiser, x, torch.tensor([now]), Conditioning({"class_labels": torch.tensor([2])}, {})
             )
             to = (alphas[after].float(), sigmas[after].float()) if after else (torch.tensor(1.0), torch.tensor(0.0))
             x = ddim(to_x0(output, x, **at), to_eps(output, x, **at), alpha=to[0], sigma=to[1])
