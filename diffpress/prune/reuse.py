@@ -163,28 +163,29 @@ def fewer_and_fewer(
     """
     found = [full]
     while sum(found[-1].computed) > sum(fixed):
-        computed = found[-1].computed
-        ways = [_flip(computed, step) for step, on in enumerate(computed) if on and not fixed[step]]
-        policies = [dataclasses.replace(full, computed=way) for way in ways]
-        found.append(_settle(min(policies, key=cost), fixed, cost))
+        found.append(_one_fewer(found[-1], fixed, cost))
     return found
 
 
+def _one_fewer(policy: CachePolicy, fixed: Sequence[bool], cost: Callable[[CachePolicy], float]) -> CachePolicy:
+    """The cheapest that was found with a computed step less."""
+    steps = [step for step, on in enumerate(policy.computed) if on and not fixed[step]]
+    ways = [dataclasses.replace(policy, computed=_flip(policy.computed, step)) for step in steps]
+    return _settle(min(ways, key=cost), fixed, cost)
+
+
 def _settle(policy: CachePolicy, fixed: Sequence[bool], cost: Callable[[CachePolicy], float]) -> CachePolicy:
-    least = cost(policy)
-    while True:
-        steps = [step for step, on in enumerate(policy.computed) if on and not fixed[step]]
-        ways = [
-            _flip(policy.computed, step, other)
-            for step in steps
-            for other in (step - 1, step + 1)
-            if other < len(fixed) and not policy.computed[other]
-        ]
-        moved = [dataclasses.replace(policy, computed=way) for way in ways]
-        best = min(moved, key=cost, default=policy)
-        if cost(best) >= least:
-            return policy
-        policy, least = best, cost(best)
+    """Computed steps of ``policy`` move to a neighbour while that is cheaper."""
+    least, moved = cost(policy), True
+    while moved:
+        moved = False
+        for step, other in ((step, step + way) for step in range(len(fixed)) for way in (-1, 1)):
+            if fixed[step] or not policy.computed[step] or other == len(fixed) or policy.computed[other]:
+                continue
+            way = dataclasses.replace(policy, computed=_flip(policy.computed, step, other))
+            if cost(way) < least:
+                policy, least, moved = way, cost(way), True
+    return policy
 
 
 def _flip(computed: Sequence[bool], *steps: int) -> tuple[bool, ...]:
@@ -203,8 +204,8 @@ def fit_schedule(
     """Real runs of policies, the one with the fewest computed steps within ``budget`` last.
 
     How much an error of the features in one step is worth at the end of a run is measured on ``probes``, step by step;
-    so policies of the same number of steps are compared without runs. Then the number is halved down. ``advance`` is
-    called `trials` times at most.
+    so policies of the same number of steps are compared without runs. Then the number is halved down. As worths do not
+    add up exactly, `refine` goes on from there with real runs. ``advance`` is called `trials` times at most.
     """
     products, worth = gram(probes, full), torch.zeros(len(fixed), dtype=torch.float64)
     for step in (step for step, on in enumerate(fixed) if not on):
@@ -223,13 +224,57 @@ def fit_schedule(
         else:
             bad = middle
         advance(1)
+    refined = refine(best, runs, probes, fixed, budget=budget, advance=advance)
+    tried += refined
+    best = min(
+        (item for item in (best, *refined) if item.error <= budget), key=lambda item: (item.computed, item.error)
+    )
     return [*(item for item in tried if item is not best), best]
 
 
+def refine(
+    best: Candidate,
+    runs: Runs,
+    probes: Runs,
+    fixed: Sequence[bool],
+    *,
+    budget: float,
+    advance: Callable[[int], None],
+) -> list[Candidate]:
+    """Policies from ``best`` on, each the best of real runs of ``probes``: of as many steps, then of one fewer each.
+
+    The last may be beyond ``budget``. ``advance`` is called for each policy that is tried, `_refinements` times at
+    most; the search ends there.
+    """
+    seen: dict[tuple[bool, ...], float] = {}
+    found, policy = [], best.policy
+
+    def cost(policy: CachePolicy) -> float:
+        if policy.computed not in seen:
+            if len(seen) == _refinements(fixed):
+                return math.inf
+            seen[policy.computed] = probes.candidate(policy).error
+            advance(1)
+        return seen[policy.computed]
+
+    policy = _settle(best.policy, fixed, cost)
+    while cost(policy) < math.inf:
+        if policy is not best.policy:
+            found.append(runs.candidate(policy))
+        if (found or [best])[-1].error > budget or sum(policy.computed) == sum(fixed):
+            break
+        policy = _one_fewer(policy, fixed, cost)
+    return found
+
+
+def _refinements(fixed: Sequence[bool]) -> int:
+    return 4 * (len(fixed) - sum(fixed))
+
+
 def trials(fixed: Sequence[bool]) -> int:
-    """Runs of `fit_schedule`: one for each step that may reuse, and those that halve their number."""
+    """Runs of `fit_schedule`: one for each step that may reuse, those that halve their number, and of `refine`."""
     free = len(fixed) - sum(fixed)
-    return free + math.ceil(math.log2(free + 1))
+    return free + math.ceil(math.log2(free + 1)) + _refinements(fixed)
 
 
 def fit_threshold(runs: Runs, full: CachePolicy, *, budget: float, advance: Callable[[int], None]) -> list[Candidate]:

@@ -15,7 +15,7 @@ from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.prune import reuse
 from diffpress.prune.cuts import find_cut
-from diffpress.prune.reuse import Runs, feature_errors, fewer_and_fewer, final_latents, gram
+from diffpress.prune.reuse import Candidate, Runs, feature_errors, fewer_and_fewer, final_latents, gram, refine
 from diffpress.prune.steps import Steps, StepsConfig
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.stage import Context
@@ -270,6 +270,35 @@ def test_a_fitted_policy_keeps_to_its_budget_in_real_runs(request, given, family
     tight = apply(generator, context, method=method, error=0.3 * loose["error"], samples=3).metadata
     assert tight["error"] <= 0.3 * loose["error"]
     assert tight["computed"] > loose["computed"]
+
+
+class Planted:
+    """Runs whose error is that of features given, each step worth as much as the next."""
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(9, 30, dtype=torch.float64, generator=generator).cumsum(0)
+        self.products, self.tries = features @ features.T, 0
+
+    def candidate(self, policy):
+        self.tries += 1
+        return Candidate(policy, float(feature_errors(policy, self.products).sum()), sum(policy.computed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_real_runs_go_on_where_the_estimate_stops(seed):
+    fixed, runs, probes = (True, *[False] * 7, True), Planted(seed), Planted(seed)
+    bad = max(map(runs.candidate, same_size(schedule(*[True] * 6, *[False] * 2, True))), key=lambda item: item.error)
+    steps = []
+    found = refine(bad, runs, probes, fixed, budget=bad.error, advance=steps.append)
+    assert len(steps) == probes.tries <= 4 * 7  # each policy once
+    assert found[0].computed == bad.computed
+    assert found[0].error < 0.8 * bad.error  # moved to better steps
+    within = [item for item in found if item.error <= bad.error]
+    assert min(item.computed for item in within) < bad.computed  # and then fewer
+    assert found[:-1] == within[: len(found) - 1]  # it ends with the first that is beyond the budget
+    assert all(item.policy.computed[0] and item.policy.computed[-1] for item in found)
+    assert refine(found[0], runs, probes, fixed, budget=0.0, advance=steps.append) == []  # nothing better near it
 
 
 def test_an_interval_is_computed_every_so_many_steps(dit, given):
