@@ -13,7 +13,7 @@ from diffpress.denoise import encode
 from diffpress.errors import EngineError, ParityError
 from diffpress.export.build import export
 from diffpress.export.settings import ExportConfig
-from diffpress.generator import Generator, SamplingPlan
+from diffpress.generator import Generator, SamplingPlan, has_tensor
 from diffpress.quantize.folds import find_folds
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.smooth import Smooth, SmoothConfig
@@ -115,7 +115,9 @@ def test_is_read_from_the_pipeline_itself(folder):
     assert generator.conditioning_kind == "text"
     assert generator.schedule.parameterization == facts.parameterization
     alone, without = encode(generator, conditions, plan)
-    assert set(alone.tensors) == facts.inputs
+    shared = {name for name, value in alone.constants.items() if has_tensor(value)}
+    assert set(alone.tensors) | shared == facts.inputs
+    assert all("ids" in name or "rotary" in name for name in shared)
     if name == "flux":  # guidance is an input of the network
         assert without is None
     else:

@@ -22,7 +22,7 @@ stages:
   - distill.reflow:
       steps: 2
       pairs: {{count: 16, held_out: 4, steps: 4, shard: 4, batch_size: 4}}
-      training: {{steps: 6, batch_size: 4, learning_rate: 0.0003, warmup: 1}}
+      training: {{steps: 6, batch_size: 4, learning_rate: 0.0001, warmup: 1}}
 evaluate: {{samples: 4, batch_size: 4, steps: 4, baselines: [eager], latency_rounds: 3}}
 gate: {{}}
 """
@@ -51,4 +51,4 @@ def test_two_processes_make_the_student_of_one(dit_folder: Path, tmp_path: Path)
     assert losses[0][0] != losses[0][1]
     assert (tmp_path / "two/engine/model_index.json").is_file(), both.stderr
     before = load_file(dit_folder / "transformer/diffusion_pytorch_model.safetensors")
-    assert max(float((one[name] - before[name]).abs().max()) for name in before if name in one) > 5e-4  # it did learn
+    assert max(float((one[name] - before[name]).abs().max()) for name in before if name in one) > 2e-4  # it did learn
