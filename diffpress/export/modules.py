@@ -32,6 +32,19 @@ def run_session(session: Session, arguments: dict[str, Any]) -> dict[str, Tensor
     return dict(zip(session.outputs, session(given), strict=True))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's operations inside use one thread: its others would go on spinning for a while, and the run-time, whose
+    threads are others, wants the cores right after.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class EngineModule(nn.Module):
     """What all stand-ins share: the config of what they replace, and where pipelines look for device and dtype."""
 
@@ -118,13 +131,16 @@ class CachedEngineDenoiser(EngineDenoiser):
             residual = start.pop("residual")
             given |= start
             if decision == "test":
-                decision = "reuse" if state.passes(residual) else "compute"
+                with one_thread():
+                    decision = "reuse" if state.passes(residual) else "compute"
         full, short = ("rest", "last") if self.caches.policy.kind == "threshold" else ("full", "reuse")
         if decision == "reuse":
-            kept = {f"cache.{i}": tensor for i, tensor in zip(self._numbers(full), state.predict(), strict=True)}
+            with one_thread():
+                kept = {f"cache.{i}": tensor for i, tensor in zip(self._numbers(full), state.predict(), strict=True)}
             return run_session(self.pieces[short], given | kept)
         outputs = run_session(self.pieces[full], given)
-        state.store(tuple(outputs[f"cache.{i}"] for i in self._numbers(full)), residual)
+        with one_thread():
+            state.store(tuple(outputs[f"cache.{i}"] for i in self._numbers(full)), residual)
         return outputs
 
     def _numbers(self, full: str) -> list[str]:

@@ -328,6 +328,27 @@ def test_a_loaded_engine_draws_what_torch_does_with_the_policy(ddpm_built, ddpm_
 
 
 @pytest.mark.slow
+def test_torch_leaves_the_cores_to_the_engine(ddpm_built, monkeypatch):
+    """What is kept is combined on one thread: torch's other threads would spin while the run-time wants the cores."""
+    engine, seen, threads = Generator(load(ddpm_built[1].folder)), [], torch.get_num_threads()
+    for name in ("store", "predict"):
+        whole = getattr(CacheState, name)
+
+        def watched(self, *args, whole=whole, name=name):
+            seen.append((name, torch.get_num_threads()))
+            return whole(self, *args)
+
+        monkeypatch.setattr(CacheState, name, watched)
+    torch.set_num_threads(2)
+    try:
+        draw(engine)
+        assert set(seen) == {("store", 1), ("predict", 1)}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
 def test_no_picture_sees_another_through_the_engine(ddpm_built, monkeypatch):
     engine = Generator(load(ddpm_built[1].folder))
     alone = draw(engine, (7,))
