@@ -3,6 +3,7 @@
     python benchmarks/methods.py quantize dit-int8 benchmarks/results/quantize-dit.json
     python benchmarks/methods.py depth dit-int8 benchmarks/results/depth-dit.json evaluate.samples=512
     python benchmarks/methods.py depth dit-int8 benchmarks/results/depth-dit-recovered.json --recover 600
+    python benchmarks/methods.py structure dit-int8 benchmarks/results/structure-dit.json --recover 400
     python benchmarks/methods.py peers dit-int8 benchmarks/results/peers-dit.json
     python benchmarks/methods.py budget dit-int8 benchmarks/results/budget-dit.json
 
@@ -10,7 +11,7 @@ The second argument is a shipped recipe; its stages are replaced by each variant
 in one folder, so that the original's pictures, the same for all, are drawn once. Further arguments are overrides;
 ``--variants`` measures only those whose name contains one of the given words; ``--recover`` appends `prune.recover` of
 so many updates, for all on the same records. The result is written after every variant, and the same command goes on
-from there. A plot of latent error against speed-up:
+from there; variants of another CPU than the file's say so. A plot of latent error against speed-up:
 
     python benchmarks/methods.py --plot benchmarks/results/cache-dit.json docs/cache-dit.png
 """
@@ -129,6 +130,20 @@ def tokens() -> dict[str, list[dict]]:
     }
 
 
+def structures(share: float) -> dict[str, list[dict]]:
+    """What may go, so that ``share`` of a call's latency stays: layers, their halves, widths or tokens."""
+    budget = {"latency": share}
+    ways: dict[str, dict] = {
+        "depth": {"prune.depth": budget},
+        "depth, attention and MLP by themselves": {"prune.depth": budget | {"granularity": "sublayer"}},
+        "width": {"prune.width": budget},
+        "width, magnitude without a refit": {"prune.width": budget | {"importance": "magnitude", "repair": False}},
+        "tokens, coarse": {"prune.tokens": budget | {"method": "coarse"}},
+        "tokens, merge": {"prune.tokens": budget | {"method": "merge"}},
+    }
+    return {f"{name}, {share:.0%} of the latency": [stage] for name, stage in ways.items()}
+
+
 def within(stages: list[dict], error: float) -> list[dict]:
     """``stages`` with an error budget for `quantize.int8`."""
     name = "quantize.int8"
@@ -152,6 +167,7 @@ KINDS: dict[str, Mapping[str, Sequence[dict | str] | float | None]] = {
     | {f"8 bits, {name}": [OWN, *stages] for name, stages in caches().items()},
     "depth": NOTHING | depth(0.25) | depth(0.5),
     "width": NOTHING | width(0.75) | width(0.5),
+    "structure": NOTHING | structures(0.7) | structures(0.5),
     "schedule": NOTHING | schedules(),
     "tokens": NOTHING | tokens(),
     "peers": {"float": [], "diffpress": None} | dict.fromkeys(peers.PEERS),
@@ -259,7 +275,8 @@ def main() -> None:
     recipe = yaml.safe_load(shipped_recipes()[args.recipe].read_text(encoding="utf-8")) | {"gate": {}}
     recipe["evaluate"]["baselines"] = ["eager"]
     settings = {"kind": args.kind, "recipe": recipe, "overrides": args.overrides, "recover": args.recover}
-    data: dict = {**settings, "machine": describe_machine(), "variants": {}}
+    machine = describe_machine()
+    data: dict = {**settings, "machine": machine, "variants": {}}
     if args.output.is_file():
         data = read_json(args.output)
         if any(data.get(name) != value for name, value in settings.items()):
@@ -270,7 +287,9 @@ def main() -> None:
             wanted = any(word in variant for word in args.variants) and not any(word in variant for word in cannot)
             if wanted and variant not in data["variants"]:
                 try:
-                    data["variants"][variant] = figures(measure(args.kind, variant, recipe, args, Path(folder)))
+                    row = figures(measure(args.kind, variant, recipe, args, Path(folder)))
+                    elsewhere = {} if machine["cpu"] == data["machine"]["cpu"] else {"machine": machine}
+                    data["variants"][variant] = row | elsewhere
                 except ConfigError as error:  # a budget that this model cannot meet
                     data["refused"] = data.get("refused", {}) | {variant: str(error)}
                     print(f"{variant}: {error}")

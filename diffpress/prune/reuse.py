@@ -243,11 +243,11 @@ def refine(
 ) -> list[Candidate]:
     """Policies from ``best`` on, each the best of real runs of ``probes``: of as many steps, then of one fewer each.
 
-    The last may be beyond ``budget``. ``advance`` is called for each policy that is tried, `_refinements` times at
-    most; the search ends there.
+    The first that is beyond ``budget`` with fewer steps is the last. ``advance`` is called for each policy that is
+    tried, `_refinements` times at most; the search ends there.
     """
     seen: dict[tuple[bool, ...], float] = {}
-    found, policy = [], best.policy
+    found: list[Candidate] = []
 
     def cost(policy: CachePolicy) -> float:
         if policy.computed not in seen:
@@ -261,9 +261,14 @@ def refine(
     while cost(policy) < math.inf:
         if policy is not best.policy:
             found.append(runs.candidate(policy))
-        if (found or [best])[-1].error > budget or sum(policy.computed) == sum(fixed):
+            fewer = sum(policy.computed) < sum(best.policy.computed)
+            if fewer and found[-1].error > budget:
+                break
+            if fewer or found[-1].error < best.error:  # probes may find a move better that is not
+                best = found[-1]
+        if sum(best.policy.computed) == sum(fixed):
             break
-        policy = _one_fewer(policy, fixed, cost)
+        policy = _one_fewer(best.policy, fixed, cost)
     return found
 
 

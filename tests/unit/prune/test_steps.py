@@ -298,7 +298,25 @@ def test_real_runs_go_on_where_the_estimate_stops(seed):
     assert min(item.computed for item in within) < bad.computed  # and then fewer
     assert found[:-1] == within[: len(found) - 1]  # it ends with the first that is beyond the budget
     assert all(item.policy.computed[0] and item.policy.computed[-1] for item in found)
-    assert refine(found[0], runs, probes, fixed, budget=0.0, advance=steps.append) == []  # nothing better near it
+    (last,) = refine(found[0], runs, probes, fixed, budget=0.0, advance=steps.append)  # nothing better near it
+    assert last.computed == bad.computed - 1
+
+
+def test_a_move_that_only_the_probes_like_does_not_end_the_search():
+    fixed, probes = (True, *[False] * 7, True), Planted(0)
+    bad = max(map(probes.candidate, same_size(schedule(*[True] * 6, *[False] * 2, True))), key=lambda item: item.error)
+
+    class Others(Planted):
+        def candidate(self, policy):
+            moved = policy is not bad.policy and sum(policy.computed) == bad.computed
+            return Candidate(policy, 2.0 if moved else 0.5, sum(policy.computed))
+
+    best = Candidate(bad.policy, 0.5, bad.computed)
+    found = refine(best, Others(0), probes, fixed, budget=1.0, advance=lambda n: None)
+    assert found[0].error == 2.0
+    assert found[0].computed == bad.computed
+    assert found[1].error == 0.5
+    assert found[1].computed == bad.computed - 1
 
 
 def test_an_interval_is_computed_every_so_many_steps(dit, given):
