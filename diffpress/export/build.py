@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -123,16 +125,20 @@ def export(
     conditions: Sequence[Any],
     progress: Progress = SILENT,
 ) -> Built:
-    """Write ``folder`` in the diffusers / optimum layout and prove it.
+    """Write ``folder`` in the diffusers / optimum layout and prove it; ``settings`` may give the size of ``plan``.
 
     Raises ConfigError, EngineError, ParityError or PrecisionError.
     """
     check_export(generator, settings)
+    if settings.height is not None:
+        plan = dataclasses.replace(plan, height=settings.height, width=settings.width)
     batch = None if settings.batch == "dynamic" else settings.batch
     parts = find_components(generator, conditions, plan, batch=batch, any_size=settings.size == "dynamic")
     with progress.task("Exporting", total=2 * len(parts)) as advance:
         calls = _denoiser_calls(generator, conditions, plan, batch or 1)
         told = timesteps_of(inputs for inputs, _ in calls) if settings.timesteps == "plan" else None
+        if told is not None:
+            parts = [_at(generator, part, told[0]) if part.role == "denoiser" else part for part in parts]
         for part in parts:
             export_part(generator, part, folder, settings, told)
             advance(1)
@@ -172,6 +178,22 @@ def timesteps_of(calls: Iterable[dict[str, Tensor]]) -> list[float]:
     return list(dict.fromkeys(found))
 
 
+def _at(generator: Generator, part: Component, timestep: float) -> Component:
+    """The denoiser ``part`` as recorded in a call at ``timestep``: an engine for one plan knows no others."""
+    network = Flat(generator.denoiser, part).eval()
+
+    def call(inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        inputs = inputs | {TIMESTEP: torch.full_like(inputs[TIMESTEP], timestep)}
+        with torch.no_grad():
+            return inputs, dict(zip(outputs, network(*inputs.values()), strict=True))
+
+    inputs, outputs = call(part.flat_inputs(), part.outputs)
+    resized = None if part.resized is None else call(*part.resized)
+    return dataclasses.replace(
+        part, inputs=part.inputs | {TIMESTEP: inputs[TIMESTEP]}, outputs=outputs, resized=resized
+    )
+
+
 def export_part(
     generator: Generator,
     part: Component,
@@ -197,6 +219,8 @@ def export_part(
         _save_buffers(module, path.with_name(BUFFERS))
     known = module.config if isinstance(module.config, dict) else module.config.to_dict()
     known = {name: value for name, value in known.items() if name != "_name_or_path"}  # where the checkpoint lay
+    if isinstance(module, ModelMixin):  # one that was made, not loaded, does not say
+        known.setdefault("_class_name", type(module).__name__)
     (path.parent / "config.json").write_text(json.dumps(known, indent=2, sort_keys=True, default=str) + "\n")
     if settings.target == "tensorrt":
         for file, shapes in files.items():

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 TIMESTEP = "timestep"
-_PRODUCTS = {"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat"}
+_PRODUCTS = {"MatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits"}
 
 
 def fold_timesteps(model: ir.Model, timesteps: Sequence[float]) -> int:

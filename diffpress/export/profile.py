@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffpress.errors import ConfigError, EngineError
 from diffpress.export.attribution import KINDS, Kind, Layer, attribute
-from diffpress.export.build import export_part
+from diffpress.export.build import export_part, timesteps_of
 from diffpress.export.components import find_components, flatten_inputs
 from diffpress.export.parity import open_built
 from diffpress.export.scopes import read_sources
@@ -150,12 +150,15 @@ def open_denoiser(
     images = [conditions[index % len(conditions)] for index in range(batch or 1)]
     parts = find_components(generator, conditions, plan, batch=batch, any_size=settings.size == "dynamic")
     part = next(part for part in parts if part.role == "denoiser")
-    call = generator.record(images, seeds=range(len(images)), plan=plan, limit=1)[0]
+    whole = settings.timesteps == "plan"
+    calls = generator.record(images, seeds=range(len(images)), plan=plan, limit=None if whole else 1)
+    inputs = flatten_inputs(calls[0].inputs)
+    told = timesteps_of(flatten_inputs(call.inputs) for call in calls) if whole else None
     training = generator.denoiser.training
-    export_part(generator, part, folder, settings)
+    export_part(generator, part, folder, settings, told)
     generator.denoiser.train(training)
     session = open_built(folder / part.folder / "model.onnx", generator.denoiser, settings)
-    return session, flatten_inputs(call.inputs)
+    return session, inputs
 
 
 def layer_latency(

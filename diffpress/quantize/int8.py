@@ -17,7 +17,7 @@ from diffpress.quantize.adaround import AdaRoundSettings
 from diffpress.quantize.budgeted import decide_precisions, decided_together, decision_facts, find_candidates
 from diffpress.quantize.calibrate import layer_errors
 from diffpress.quantize.choice import Decision, Kind, Precision
-from diffpress.quantize.modules import Activation, QuantizedLayer, keep_float, quantized
+from diffpress.quantize.modules import Activation, QuantizedLayer, keep_float, quantized, zero_padded
 from diffpress.quantize.moments import shared_inputs
 from diffpress.quantize.observers import Observer
 from diffpress.quantize.online import matches
@@ -97,6 +97,8 @@ class Int8Config:
             raise ValueError("activations dynamic does not go with a budget, which decides it; allowed: static")
         if self.budget and self.context_calls == 0:
             raise ValueError("context_calls 0 does not go with a budget; allowed: 1 and more, null")
+        if self.convolutions and self.activations == "dynamic":
+            raise ValueError("convolutions true does not go with activations dynamic; allowed: false, null")
         if self.refit and self.rounding == "adaround" and self.adaround.reconstruct == "block":
             raise ValueError("refit does not go with adaround.reconstruct block; allowed: layer")
         return self
@@ -130,7 +132,7 @@ class Int8:
         return {
             name: module
             for name, module in denoiser.named_modules()
-            if isinstance(module, wanted) and not matches(name, patterns)
+            if isinstance(module, wanted) and not matches(name, patterns) and zero_padded(module)
         }
 
     def _convolutions(self, target: Target) -> bool:

@@ -218,6 +218,11 @@ def kept_float(layer: nn.Module) -> bool:
     return getattr(layer, "kept_float", False)
 
 
+def zero_padded(layer: nn.Module) -> bool:
+    """Whether its twin can pad as it does: twins know zeros alone, not circles or reflections."""
+    return getattr(layer, "padding_mode", "zeros") == "zeros"
+
+
 @dataclass(frozen=True)
 class Rounded:
     """Integers of a layer's weight in its own layout, their scales [out], and the bias [out] if there is one."""

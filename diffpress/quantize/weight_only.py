@@ -152,7 +152,10 @@ class WeightOnlyLinear(nn.Module):
 
 
 class WeightOnlyEmbedding(nn.Module):
-    """Row i of the table is s_i Q_i with 8-bit codes; only the rows that are asked for are ever made."""
+    """Row i of the table is s_i Q_i with 8-bit codes; only the rows that are asked for are ever made.
+
+    A factor that all rows are given when they are read (Gemma's) is in their scales.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -161,7 +164,7 @@ class WeightOnlyEmbedding(nn.Module):
         super().__init__()
         codes, scale = group_codes(layer.weight, bits=8, group=None)
         self.register_buffer("codes", codes.flatten(1))  # [rows, channels]
-        self.register_buffer("scale", scale)  # [rows, 1]
+        self.register_buffer("scale", scale * float(getattr(layer, "embed_scale", 1.0)))  # [rows, 1]
 
     @property
     def weight(self) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -43,6 +42,7 @@ GROUPS: dict[str, dict[int, tuple[int, ...]]] = {  # what each run-time reads, b
     "tensorrt": {8: (), 4: (64, 128)},
 }
 LAST = ("proj_out*",)  # little to save, and its error goes straight to the output
+_CODED = (QuantizedLayer, WeightOnlyLinear, WeightOnlyEmbedding)
 TEXT_STEPS = 2  # a text encoder sees the same prompts whatever the schedule
 
 
@@ -93,7 +93,7 @@ class Weights:
         return {
             name: module
             for name, module in component.named_modules()
-            if isinstance(module, nn.Linear | nn.Embedding)
+            if _quantizable(module)
             and matches(name, wanted)
             and not matches(name, unwanted)
             and (self.config.layers is not None or not kept_float(module))
@@ -113,10 +113,12 @@ class Weights:
                 f"quantize.weights: bits {bits} with group {group} does not run on target {target.name}; "
                 f"targets that can: {able}; allowed here: {allowed}"
             )
-        known = [name for name, module in component.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
-        for field in ("layers", "skip"):
+        modules = dict(component.named_modules())
+        known = [name for name, module in modules.items() if _quantizable(module)]
+        coded = [name for name, module in modules.items() if isinstance(module, _CODED)]
+        for field, names in (("layers", known), ("skip", known + coded)):
             for pattern in getattr(self.config, field) or ():
-                if not fnmatch.filter(known, pattern):
+                if not any(matches(name, (pattern,)) for name in names):
                     raise ConfigError(
                         f"quantize.weights: {field} {pattern!r} matches no Linear or Embedding in float of "
                         f"{type(component).__name__}"
@@ -235,6 +237,13 @@ def replace(component: nn.Module, layer: nn.Module, twin: nn.Module) -> None:
     places = [name for name, module in component.named_modules(remove_duplicate=False) if module is layer]
     for name in places:
         component.set_submodule(name, twin)
+
+
+def _quantizable(module: nn.Module) -> bool:
+    """Whether it is a Linear or an Embedding that reads its table as it is, or times one factor."""
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    return isinstance(module, nn.Linear)
 
 
 def _check_groups(chosen: dict[str, nn.Linear | nn.Embedding], group: int | None) -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -228,6 +229,25 @@ def test_a_graph_that_computes_something_else(ddpm, context, monkeypatch, tmp_pa
 def test_a_graph_without_its_quantizers(ddpm, context, monkeypatch, tmp_path):
     with pytest.raises(PrecisionError, match="layers were quantized, but only 0 products"):
         spoiled(ddpm, context, tmp_path / "engine", monkeypatch, lambda self, x: x)
+
+
+def test_the_size_of_the_settings_is_that_of_the_plan(sd, plan, tmp_path):
+    settings = ExportConfig(target="openvino", height=32, width=48)
+    export(sd, tmp_path, settings, plan=plan, conditions=sd.conditions(2))
+    assert json.loads((tmp_path / "diffpress.json").read_text())["plan"]["width"] == 48
+    graph = onnx.load(tmp_path / "unet" / "model.onnx", load_external_data=False).graph
+    sides = [value.dim_value for value in graph.input[0].type.tensor_type.shape.dim[2:]]
+    assert sides == [32 // sd.pipeline.vae_scale_factor, 48 // sd.pipeline.vae_scale_factor]
+
+
+def test_a_network_that_was_made_in_memory_comes_back_as_its_class(plan, tmp_path, relative):
+    generator = Generator(make("qwen"))
+    assert "_class_name" not in generator.denoiser.config
+    plan = dataclasses.replace(plan, height=16, width=16)
+    run = {"conditions": generator.conditions(2), "seeds": [0, 1], "plan": plan}
+    wanted = generator.sample(**run).latents
+    export(generator, tmp_path, ExportConfig(target="openvino"), plan=plan, conditions=run["conditions"])
+    assert relative(Generator(load(tmp_path)).sample(**run).latents, wanted) < 1e-3
 
 
 def test_what_cannot_be_built_is_refused_first(dit, monkeypatch):

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from diffpress.errors import ConfigError, EngineError
@@ -17,9 +18,10 @@ from diffpress.export.components import Flat, find_components, flatten_inputs
 from diffpress.export.fold import fold_timesteps
 from diffpress.export.graph import export_graph
 from diffpress.export.modules import check_timesteps
-from diffpress.generator import Generator
+from diffpress.generator import Generator, SamplingPlan
+from diffpress.quantize.weights import Weights, WeightsConfig
 
-PRODUCTS = ("MatMul", "Gemm")
+PRODUCTS = ("MatMul", "Gemm", "MatMulNBits")
 
 
 def graph_of(generator, plan, folder, *, batch):
@@ -67,6 +69,22 @@ def test_the_same_numbers_with_fewer_products(any_generator, plan, tmp_path, bat
         np.testing.assert_allclose(run(new, call), run(old, call), rtol=1e-4, atol=1e-5)
 
 
+def test_products_of_groups_of_codes_are_tables_too(dit, context, plan, tmp_path):
+    torch.manual_seed(0)
+    wide = dict(dit.denoiser.config) | {"num_attention_heads": 4, "attention_head_dim": 8}  # 32 channels fill a group
+    dit.pipeline.transformer = DiTTransformer2DModel.from_config(wide).eval()
+    settings = WeightsConfig(layers=("*timestep_embedder*", "*norm1.linear"), bits=4, group=32)
+    Weights(settings).apply(dit, context(dit))
+    path, calls = graph_of(dit, plan, tmp_path, batch=None)
+    before, after, count, _ = folded(path, calls)
+    assert "MatMulNBits" in {node.op_type for node in before.graph}
+    assert count > 0
+    assert products(after) < products(before)
+    np.testing.assert_allclose(
+        run(session_of(after), calls[1]), run(session_of(before), calls[1]), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_rows_of_a_batch_have_timesteps_of_their_own(dit, plan, tmp_path):
     path, calls = graph_of(dit, plan, tmp_path, batch=None)
     before, after, _, timesteps = folded(path, calls)
@@ -112,6 +130,20 @@ def test_an_engine_for_one_plan_takes_no_other(dit, plan, tmp_path, relative, ta
     assert relative(found, wanted) < 1e-3
     with pytest.raises(EngineError, match=r"exported for timesteps 999, .* allowed: the sampling plan of its recipe"):
         engine.sample(**run, plan=replace(plan, steps=plan.steps + 2))
+
+
+@pytest.mark.parametrize("size", ["static", "dynamic"])
+def test_a_run_of_two_steps_may_start_elsewhere(sd, tmp_path, relative, size):
+    run = {"conditions": ["a red circle", "two squares"], "seeds": [0, 1]}
+    plan = SamplingPlan(steps=3, guidance_scale=3.0)
+    sd.use_scheduler("DDIMScheduler")
+    sd.pipeline.scheduler.register_to_config(timestep_spacing="leading")
+    starts = [sd.record(**run, plan=replace(plan, steps=steps))[0].inputs["timestep"].item() for steps in (2, 3)]
+    assert abs(starts[0] - starts[1]) > 100  # what is recorded for the export is no step of the plan
+    wanted = sd.sample(**run, plan=plan).latents
+    settings = ExportConfig(target="openvino", timesteps="plan", size=size)
+    export(sd, tmp_path, settings, plan=plan, conditions=run["conditions"])
+    assert relative(Generator(load(tmp_path)).sample(**run, plan=plan).latents, wanted) < 1e-3
 
 
 @pytest.mark.parametrize(

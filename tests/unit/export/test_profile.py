@@ -15,7 +15,14 @@ from diffpress.export.attribution import KINDS, Layer, attribute
 from diffpress.export.build import export_part
 from diffpress.export.components import find_components
 from diffpress.export.graph import export_graph
-from diffpress.export.profile import EngineProfile, latency_table, layer_latency, predicted_latency, profile
+from diffpress.export.profile import (
+    EngineProfile,
+    latency_table,
+    layer_latency,
+    open_denoiser,
+    predicted_latency,
+    profile,
+)
 from diffpress.export.scopes import Source, SourceGraph, common, read_sources
 from diffpress.export.session import open_session
 from diffpress.export.settings import ExportConfig
@@ -283,6 +290,18 @@ def test_latency_of_the_denoiser_as_it_is_now(family, target, int8, request, con
         assert table[name] >= sum(table[child] for child in children) * (1 - 1e-9) >= 0
     blocks = {"dit": "transformer_blocks", "flux": "single_transformer_blocks"}[family]
     assert 0 < table[blocks] < table[""]
+
+
+def test_what_an_engine_for_one_plan_looks_up_takes_no_time(dit, context, tmp_path):
+    given, name = context(dit, count=2), "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2"
+    for timesteps, products in (("any", 1), ("plan", 0)):
+        settings = ExportConfig(target="onnxruntime", timesteps=timesteps)
+        session, inputs = open_denoiser(
+            dit, settings, tmp_path / timesteps, plan=given.plan, conditions=given.conditions
+        )
+        layers = profile(session, inputs, rounds=1).layers
+        found = [layer for layer in layers if layer.modules == (name,) and layer.op in ("MatMul", "Gemm")]
+        assert len(found) == products, [layer.modules for layer in layers]
 
 
 @TARGET

@@ -242,6 +242,7 @@ def test_a_budget_needs_latencies(dit, context):
         ({"latency": 0.5, "context_calls": 0}, "allowed: 1 and more, null"),
         ({"latency": 1.0}, "less than 1"),
         ({"error": 0.0}, "greater than 0"),
+        ({"activations": "dynamic", "convolutions": True}, "convolutions true does not go with activations dynamic"),
     ],
 )
 def test_configs_that_contradict_themselves(settings, message):

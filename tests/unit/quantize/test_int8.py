@@ -30,6 +30,13 @@ def test_layers_of_a_transformer(dit):
     assert len(skipping.layers(dit.denoiser, ONNXRUNTIME)) == 5
 
 
+def test_convolutions_that_pad_with_other_than_zeros_stay_in_float(sd):
+    name = "mid_block.resnets.0.conv1"
+    assert name in Int8(Int8Config()).layers(sd.denoiser, OPENVINO)
+    sd.denoiser.get_submodule(name).padding_mode = "circular"
+    assert name not in Int8(Int8Config()).layers(sd.denoiser, OPENVINO)
+
+
 def test_layers_of_a_unet(sd):
     linear = Int8(Int8Config()).layers(sd.denoiser, ONNXRUNTIME)
     assert {type(layer) for layer in linear.values()} == {torch.nn.Linear}

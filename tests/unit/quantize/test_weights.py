@@ -2,6 +2,7 @@
 
 import json
 
+import families
 import onnx
 import pytest
 import torch
@@ -19,6 +20,7 @@ from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
+from diffpress.quantize.smooth import Smooth, SmoothConfig
 from diffpress.quantize.weight_only import WeightOnlyEmbedding, WeightOnlyLinear
 from diffpress.quantize.weights import Weights, WeightsConfig, replace
 from diffpress.targets import TARGETS
@@ -71,6 +73,42 @@ def test_takes_what_int8_leaves(dit, context):
 def test_check_refuses(dit, config, target, message):
     with pytest.raises(ConfigError, match=message):
         Weights(config).check(dit, target)
+
+
+def test_names_hold_after_other_stages(sd, context):
+    key = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    Smooth(SmoothConfig(online=0.01)).apply(sd, context(sd, "openvino"))
+    assert f"{key}.layer" in dict(sd.denoiser.named_modules())
+    assert set(Weights(WeightsConfig(layers=(key,))).layers(sd.denoiser)) == {f"{key}.layer"}
+    Weights(WeightsConfig(layers=(key,))).check(sd, OPENVINO)
+    Weights(WeightsConfig(skip=(key,))).check(sd, OPENVINO)
+    Int8(Int8Config()).apply(sd, context(sd, "openvino"))
+    Weights(WeightsConfig(skip=(key,))).check(sd, OPENVINO)  # in 8 bits by now
+    with pytest.raises(ConfigError, match="matches no Linear or Embedding in float"):
+        Weights(WeightsConfig(layers=(key,))).check(sd, OPENVINO)
+
+
+@pytest.mark.parametrize("family", ["sana", "lumina2"])
+def test_the_factor_of_a_table_stays(family, context, relative):
+    generator = Generator(families.make(family))
+    table = generator.pipeline.text_encoder.get_input_embeddings()
+    index = torch.arange(8).reshape(2, 4)
+    wanted = table(index)
+    assert relative(nn.functional.embedding(index, table.weight), wanted) > 0.1  # there is one
+    stage = Weights(WeightsConfig(component="text_encoder", layers=("*embed_tokens",)))
+    applied = stage.apply(generator, context(generator))
+    assert relative(generator.pipeline.text_encoder.get_input_embeddings()(index), wanted) < 0.01
+    assert max(applied.metadata["sensitivity"].values()) < 0.01
+
+
+def test_tables_that_are_read_in_a_way_of_their_own_stay_in_float(dit):
+    class Odd(nn.Embedding):
+        def forward(self, index):
+            return super().forward(index).cos()
+
+    assert TABLE in Weights(WeightsConfig()).layers(dit.denoiser)
+    dit.denoiser.get_submodule(TABLE).__class__ = Odd
+    assert TABLE not in Weights(WeightsConfig()).layers(dit.denoiser)
 
 
 @pytest.mark.parametrize("fields", [{"bits": 4}, {"bits": 6}, {"group": 48}, {"component": "vae"}])
