@@ -183,9 +183,10 @@ class _Run:
         """Write the checkpoint, whole or not at all."""
         tensors: dict[str, Tensor] = {}
         for index, parameter in enumerate(self.parameters):
-            state = self.optimizer.state[parameter]
+            state = self.optimizer.state.get(parameter, {})  # none of what never had a gradient
             tensors |= {f"weights.{index}": parameter.detach(), f"ema.{index}": self.ema.shadow_params[index]}
-            tensors |= {f"{name}.{index}": state[name] for name in ("exp_avg", "exp_avg_sq")}
+            for name in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}.{index}"] = state.get(name, torch.zeros_like(parameter))
         if self.target is not None:
             tensors |= {f"target.{index}": tensor.detach() for index, tensor in enumerate(self.target.parameters())}
         facts = {"step": self.step, "key": self.key, "losses": self.fitted.losses, "seconds": self.fitted.seconds}

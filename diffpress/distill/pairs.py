@@ -35,7 +35,7 @@ from diffpress.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, FORMAT = "manifest.json", 2
 _NEAR = 2e-3  # share of the training grid's last timestep by which a solver's first may lie beyond it
 _NOISE = 0.9  # flow time from which on a state is nearly pure noise; Stable Diffusion's schedule ends at 0.936
 _HELD_OUT_SEED = 5_000_000  # distance from the seeds of the records that are trained on
@@ -140,10 +140,10 @@ class PairStore:
             ("train", self.settings.count, seed),
             ("held-out", self.settings.held_out, seed + _HELD_OUT_SEED),
         ):
-            shards = [
-                (f"{name}-{start:07d}.safetensors", start, min(self.settings.shard, count - start))
-                for start in range(0, count, self.settings.shard)
-            ]
+            shards = []  # a file is named by all that is in it, so that other counts are other files
+            for start in range(0, count, self.settings.shard):
+                end = min(start + self.settings.shard, count)
+                shards.append((f"{name}-{start:07d}-{end:07d}.safetensors", start, end - start))
             self._make(processes.mine(shards), conditions, stored, first, progress)
             parts.append((name, shards, first))
         processes.wait_for_all()
@@ -171,7 +171,7 @@ class PairStore:
         scheduler = self.teacher.pipeline.scheduler
         return {
             "format": FORMAT,
-            "teacher": weights_hash(self.teacher.denoiser),
+            "teacher": teacher_hash(self.teacher),
             "scheduler": [type(scheduler).__name__, {k: v for k, v in scheduler.config.items() if k[0] != "_"}],
             "plan": asdict(self.plan),
             "phases": phases,
@@ -274,6 +274,25 @@ def _plain(data: Any) -> Any:
     import json
 
     return json.loads(json.dumps(data, default=str))
+
+
+def teacher_hash(generator: Generator) -> str:
+    """SHA-256 over all that decides the latents of a plan: weights and structure of the denoiser and text encoders."""
+    pipeline = generator.pipeline
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    networks.pop("vae", None)
+    return fingerprint({name: [weights_hash(part), _structure(part)] for name, part in sorted(networks.items())})
+
+
+def _structure(network: torch.nn.Module) -> list[str]:
+    """What a state does not say: classes, their settings, and attention processors."""
+    found = []
+    for name, module in network.named_modules():
+        processor = getattr(module, "processor", None)
+        ours = type(processor).__module__.startswith("diffpress.")  # whose names say how they are set
+        what = repr(processor) if ours else type(processor).__name__
+        found.append(f"{name} {type(module).__name__}({module.extra_repr()}) {what}")
+    return found
 
 
 def weights_hash(network: torch.nn.Module) -> str:

@@ -102,6 +102,7 @@ def collect(generator: Generator, context: Context, settings: PairSettings, phas
     conditions = generator.conditions(settings.count, context.pool)
     generator.pipeline.scheduler = trailing(generator.pipeline.scheduler, settings.scheduler)
     store = PairStore(folder, generator, settings, context.plan)
+    _not_twice(generator, store.plan.guidance_scale)
     return store.collect(conditions, phases, seed=context.train_seed, progress=context.progress)
 
 
@@ -181,12 +182,23 @@ def told_scale(network: nn.Module) -> str | None:
 
 
 def check_guidance(generator: Generator, settings: PairSettings) -> None:
-    """Raises ConfigError where the pairs should be guided and the pipeline has no guidance."""
+    """Raises ConfigError where the pairs should be guided and the pipeline has no guidance, or the network has it."""
     guided = "guidance_scale" in inspect.signature(type(generator.pipeline).__call__).parameters
     if (settings.guidance_scale or 1) > 1 and not guided:
         raise ConfigError(
             f"pairs.guidance_scale is {settings.guidance_scale}, but {type(generator.pipeline).__name__} has no "
             "guidance; allowed: null"
+        )
+    _not_twice(generator, settings.guidance_scale)
+
+
+def _not_twice(generator: Generator, guidance_scale: float | None) -> None:
+    """Raises ConfigError for guidance of a student that was taught it already."""
+    if generator.plan is not None and generator.plan.guidance_scale <= 1 and (guidance_scale or 1) > 1:
+        raise ConfigError(
+            f"the generator was made for {generator.plan.steps} steps with guidance_scale "
+            f"{generator.plan.guidance_scale:g}, so guidance is in its network already, and {guidance_scale:g} would "
+            "count it twice; allowed: pairs.guidance_scale null or 1, and calibration.guidance_scale null or 1"
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffpress.caching import Cut
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan
+from diffpress.prune.units import Skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def check_cut(network: nn.Module, *, keep_first: int | None, keep_last: int | No
         return
     if branch is not None:
         raise ConfigError(f"prune.steps: branch is for U-Nets; {kind} has blocks: use keep_first and keep_last")
-    count = sum(len(blocks) for _, blocks in _lists(network))
+    count = sum(not isinstance(block, Skip) for _, blocks in _lists(network) for block in blocks)
     kept = _or(keep_first, 1) + _or(keep_last, 0)
     if kept >= count:
         raise ConfigError(f"prune.steps: keep_first and keep_last keep {kept} blocks; {kind} has {count} in all")
@@ -99,7 +100,8 @@ def _chain(generator: Generator, conditions: Sequence[Any], plan: SamplingPlan) 
     with ExitStack() as stack:
         for list_name, blocks in _lists(generator.denoiser):
             for index, block in enumerate(blocks):
-                stack.callback(_watch(f"{list_name}.{index}", block, passed))
+                if not isinstance(block, Skip):  # hands on the very tensors that it takes
+                    stack.callback(_watch(f"{list_name}.{index}", block, passed))
         generator.record(conditions[:1], seeds=[0], plan=plan, limit=1)
     best: tuple[list[str], tuple[str, ...]] = ([], ())
     for start in range(len(passed)):

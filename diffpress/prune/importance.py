@@ -54,7 +54,7 @@ def gate_gradients(objective: Objective, structures: Mapping[str, Structure]) ->
     with torch.enable_grad(), gates(structures) as made:
         value = objective()
         flat = [gate for given in made.values() for gate in given]
-        found = iter(torch.autograd.grad(value, flat))
+        found = iter(torch.autograd.grad(value, flat, materialize_grads=True))  # zero where nobody reads a layer
     return {name: sum(next(found).double() for _ in given) for name, given in made.items() if given}  # type: ignore[misc]
 
 

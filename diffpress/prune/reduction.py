@@ -68,6 +68,9 @@ class PooledKeys:
     def __init__(self, grid: TokenGrid, inner: Any) -> None:
         self.grid, self.inner = grid, inner
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.grid})"
+
     def __call__(
         self,
         attn: Any,
@@ -102,6 +105,9 @@ class MergedTokens:
         first = torch.zeros(grid.height * grid.width, dtype=torch.bool).index_fill(0, self.destinations, True)
         self.sources = (~first).nonzero().flatten()
         self.order = torch.cat([self.sources, self.destinations]).argsort()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.grid}, {self.count})"
 
     def __call__(
         self,
@@ -160,6 +166,10 @@ class CoarseBlocks(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.grid = grid
+
+    def extra_repr(self) -> str:
+        """The grid, which no weight tells."""
+        return str(self.grid)
 
     @property
     def norm1(self) -> nn.Module:

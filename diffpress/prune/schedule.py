@@ -144,15 +144,16 @@ class ScheduleSearch:
         self.config = config
 
     def check(self, generator: Generator, target: Target) -> None:
-        """Raises ConfigError for a student, and for a solver, guidance or reference steps that it cannot have."""
+        """Raises ConfigError for a student, and for a named solver, guidance or reference steps that it cannot have."""
         settings, plan = self.config, generator.plan
         if plan is not None:
             raise ConfigError(
                 f"the generator is made for {plan.steps} steps already, so their grid is fixed; allowed: before "
                 "distillation or another schedule, or only one of the two"
             )
-        check_grid_solver(generator.scheduler_of(settings.scheduler))
-        check_solver(generator, settings.scheduler)
+        if settings.scheduler is not None:  # without one it is that of the runs, which `apply` is told
+            check_grid_solver(generator.scheduler_of(settings.scheduler))
+            check_solver(generator, settings.scheduler)
         known = generator.pipeline.scheduler.config.num_train_timesteps
         if settings.reference_steps > known:
             raise ConfigError(f"reference_steps is {settings.reference_steps}; allowed: up to {known}, the training's")

@@ -193,7 +193,8 @@ def read_outside(block: nn.Module) -> nn.Module | None:
 
 def _kept(module: nn.Module, unit: Unit) -> nn.Module | None:
     """What stays of a unit that is gone."""
-    return read_outside(module) if unit.name == "transformer_blocks.0" else None
+    coarse = unit.name.replace(".blocks.0", "")  # the first of blocks that run on fewer tokens
+    return read_outside(module) if coarse == "transformer_blocks.0" else None
 
 
 def saved(network: nn.Module, unit: Unit, weigh: Callable[[str], float]) -> float:

@@ -1,6 +1,7 @@
 """Records of a teacher: the same whatever the batch size, the shards and the interruptions; damage is seen."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,11 +11,12 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffpress.denoise import as_told, check_solver, trajectory
 from diffpress.diffusion import read_schedule, timestep_at
-from diffpress.distill.pairs import MANIFEST, PairSettings, PairStore, edges_of
+from diffpress.distill.pairs import MANIFEST, PairSettings, PairStore, edges_of, teacher_hash
 from diffpress.distill.student import trailing
 from diffpress.errors import ArtifactError, ConfigError, InfrastructureError
 from diffpress.generator import SamplingPlan
 from diffpress.progress import SILENT
+from diffpress.prune.tokens import Tokens, TokensConfig
 
 SMALL = PairSettings(count=10, held_out=3, steps=4, shard=4, batch_size=3)
 PLAN = SamplingPlan(steps=3, guidance_scale=3.0)
@@ -96,8 +98,8 @@ def test_batch_size_changes_nothing_but_the_last_bits(collect):
 def test_killed_between_shards_it_goes_on(collect, tmp_path):
     whole = collect("whole")[0]
     collect("killed")
-    lost = tmp_path / "killed/train-0000004.safetensors"
-    kept = tmp_path / "killed/train-0000000.safetensors"
+    lost = tmp_path / "killed/train-0000004-0000008.safetensors"
+    kept = tmp_path / "killed/train-0000000-0000004.safetensors"
     lost.unlink()
     before = kept.stat().st_mtime_ns
     again = collect("killed")[0]
@@ -108,12 +110,21 @@ def test_killed_between_shards_it_goes_on(collect, tmp_path):
 
 def test_damaged_shard_is_refused(collect, tmp_path):
     collect()
-    shard = tmp_path / "pairs/held-out-0000000.safetensors"
+    shard = tmp_path / "pairs/held-out-0000000-0000003.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"held-out-0000000.safetensors is damaged"):
+    with pytest.raises(ArtifactError, match=r"held-out-0000000-0000003.safetensors is damaged"):
         collect()
+
+
+@pytest.mark.parametrize("changes", [{"shard": 3}, {"shard": 64}, {"held_out": 5}, {"held_out": 2}, {"count": 8}])
+def test_other_counts_in_the_same_folder_are_other_files(collect, changes):
+    collect()
+    for found, fresh in zip(collect(**changes), collect("fresh", **changes), strict=True):
+        assert found.seeds == fresh.seeds
+        assert len(found.states) == len(found.conditions) == len(found.seeds)
+        torch.testing.assert_close(found.states, fresh.states, rtol=1e-4, atol=1e-5)
 
 
 def test_records_of_another_teacher_are_refused(collect, dit):
@@ -122,6 +133,24 @@ def test_records_of_another_teacher_are_refused(collect, dit):
         next(dit.denoiser.parameters()).add_(1)
     with pytest.raises(ArtifactError, match=r"another run \(teacher differ\)"):
         collect()
+
+
+def test_a_teacher_is_more_than_the_weights_of_its_denoiser(dit, sd, context):
+    known = {teacher_hash(dit)}
+    for method, pool in (("pool", 2), ("pool", 4), ("merge", 2)):
+        with ExitStack() as undo:
+            for layer in (block.attn1 for block in dit.denoiser.transformer_blocks):
+                undo.callback(layer.set_processor, layer.processor)
+            names = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
+            Tokens(TokensConfig(method=method, pool=pool, blocks=names)).apply(dit, context(dit))
+            known.add(teacher_hash(dit))
+    assert len(known) == 4
+    assert teacher_hash(dit) in known  # as it was
+    before = teacher_hash(sd)
+    assert before == teacher_hash(sd)
+    with torch.no_grad():
+        next(sd.pipeline.text_encoder.parameters()).add_(1)
+    assert teacher_hash(sd) != before
 
 
 def test_records_of_another_plan_are_refused(collect):
@@ -135,7 +164,7 @@ def test_records_of_more_phases_serve(collect, tmp_path):
     collect("four", phases=4)
     folder = tmp_path / "four"
     before = hashes(folder)
-    (folder / "train-0000004.safetensors").unlink()
+    (folder / "train-0000004-0000008.safetensors").unlink()
     for phases in (2, 1):
         fresh, found = collect(f"fresh-{phases}", phases=phases), collect("four", phases=phases)
         for one, other in zip(found, fresh, strict=True):

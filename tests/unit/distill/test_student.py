@@ -232,3 +232,18 @@ def test_what_cannot_be_guided_is_refused(sd, ddpm):
     Reflow(ReflowConfig(pairs=PAIRS)).check(ddpm, TARGETS["onnxruntime"])
     add_scale_input(sd.denoiser, 8)
     Reflow(ReflowConfig(steps=1, guided=1.0, pairs=PAIRS)).check(sd, TARGETS["onnxruntime"])  # who finishes is told too
+
+
+def test_guidance_that_a_student_has_is_not_counted_twice(dit, context, tmp_path):
+    dit.plan = SamplingPlan(steps=4, guidance_scale=1.0)
+    again = Reflow(ReflowConfig(steps=1, pairs=replace(PAIRS, guidance_scale=3.0)))
+    with pytest.raises(ConfigError, match="would count it twice"):
+        again.check(dit, TARGETS["onnxruntime"])
+    plain = Reflow(ReflowConfig(steps=1, pairs=replace(PAIRS, guidance_scale=None)))
+    plain.check(dit, TARGETS["onnxruntime"])
+    given = context_of(context, dit, tmp_path)
+    guided = replace(given, plan=replace(given.plan, guidance_scale=3.0))  # as calibration.guidance_scale asks for
+    with pytest.raises(ConfigError, match="3 would count it twice"):
+        plain.apply(dit, guided)
+    dit.plan = SamplingPlan(steps=4, guidance_scale=3.0)  # a searched schedule: guidance is not in the network
+    again.check(dit, TARGETS["onnxruntime"])

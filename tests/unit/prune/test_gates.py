@@ -7,6 +7,7 @@ from math import comb
 import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
+from families import deeper
 from tiny import fill_zeros, make_autoencoder, make_flux, make_scheduler
 
 from diffpress.errors import ConfigError
@@ -167,6 +168,14 @@ def test_a_planted_identity_is_dropped(deep, context, tmp_path, planted):
         ours = deep.denoiser.transformer_blocks[place].state_dict()
         assert all(torch.equal(value, state[f"transformer_blocks.{index}.{name}"]) for name, value in ours.items())
     assert mean_error(deep.denoiser, record(deep, context(deep), 1, "recording")) == 0.0
+
+
+def test_layers_without_a_gradient_are_saved_too(context, tmp_path):
+    generator = Generator(deeper("qwen"))
+    plan = replace(context(generator).plan, height=16, width=16)
+    given = replace(context(generator), plan=plan, work=tmp_path)
+    settings = DepthConfig(remove=0.3, criterion="gates", calls=2, gates=GateSettings(steps=2))
+    assert Depth(settings).apply(generator, given).metadata["removed"]
 
 
 def test_gates_learn_beside_the_adapters_alone(deep, calls, context, tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from families import make
+from families import deeper, make
 
 from diffpress.denoise import encode
 from diffpress.errors import ConfigError
@@ -91,6 +91,19 @@ def test_score_tells_what_goes_with_small_units(dit, context):
     lost /= sum(len(call.output) for call in calls)
     assert 1.5 * lost.sum() > score.sum() > lost.sum() / 1.5
     assert torch.corrcoef(torch.stack([lost.log(), score.log()]))[0, 1] > 0.8
+
+
+def test_layers_that_run_for_nobody_are_worth_nothing(context):
+    generator = Generator(deeper("qwen"))
+    structures = find_structures(generator.denoiser, KINDS)
+    plan = SamplingPlan(steps=2, guidance_scale=3.0, height=16, width=16)
+    scores = unit_scores("hessian", structures, generator, replace(context(generator), plan=plan), samples=2)
+    idle = [name for name, score in scores.items() if not score.any()]
+    assert idle
+    assert len(idle) < len(scores)
+    assert all(
+        name.startswith(f"transformer_blocks.{len(generator.denoiser.transformer_blocks) - 1}.") for name in idle
+    )
 
 
 @pytest.mark.parametrize("kind", ["hessian", "taylor"])

@@ -7,16 +7,20 @@ import logging
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from families import deeper, make
-from tiny import make_flux
+from tiny import fill_zeros, make_flux
 
 from diffpress.caching import CachePolicy, CacheState, Cut, cached, caught, extrapolate
 from diffpress.errors import ConfigError
+from diffpress.export.build import export
+from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.prune import reuse
 from diffpress.prune.cuts import find_cut
 from diffpress.prune.reuse import Candidate, Runs, feature_errors, fewer_and_fewer, final_latents, gram, refine
 from diffpress.prune.steps import Steps, StepsConfig
+from diffpress.prune.units import remove, units_named
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.stage import Context
 from diffpress.targets import TARGETS
@@ -66,6 +70,34 @@ def test_blocks_of_a_dit(dit):
     whole = cut_of(dit, keep_first=0)
     assert (whole.start, whole.origin, whole.end) == ("transformer_blocks.0", None, "transformer_blocks.1")
     assert cut_of(dit, keep_first=0, keep_last=1).skipped == ("transformer_blocks.0",)
+
+
+@pytest.mark.parametrize(
+    ("removed", "origin", "start"),
+    [
+        (["transformer_blocks.0"], "transformer_blocks.1", "transformer_blocks.2"),
+        (["transformer_blocks.1", "transformer_blocks.2.ff"], "transformer_blocks.0", "transformer_blocks.2"),
+    ],
+)
+def test_what_stands_where_blocks_were_is_no_block(dit, given, removed, origin, start, relative, tmp_path):
+    """It hands on what it is given, so a test of the first block's residual would always find it unchanged."""
+    torch.manual_seed(0)
+    dit.pipeline.transformer = fill_zeros(DiTTransformer2DModel.from_config({**dit.denoiser.config, "num_layers": 4}))
+    generator, context = dit, given(dit)
+    remove(generator.denoiser, units_named(generator.denoiser, removed))
+    cut = cut_of(generator)
+    assert (cut.origin, cut.start) == (origin, start)
+    apply(generator, context, method="first_block", threshold=1e-9)
+    assert generator.cache is None  # every step is new
+    wanted = generator.sample(context.conditions, seeds=context.seeds, plan=context.plan).latents
+    for settings in ({"interval": 3}, {"method": "first_block", "threshold": 0.5}):
+        apply(generator, context, **settings)
+        with cached(generator.denoiser, generator.cache):
+            found = generator.sample(context.conditions, seeds=context.seeds, plan=context.plan).latents
+        assert 0 < relative(found, wanted) < 0.5
+    export(generator, tmp_path, ExportConfig(), plan=context.plan, conditions=context.conditions)  # proves itself
+    with pytest.raises(ConfigError, match=rf"keep {len(generator.denoiser.transformer_blocks) - 1} blocks"):
+        cut_of(generator, keep_first=len(generator.denoiser.transformer_blocks) - 1)
 
 
 def test_two_streams_from_one_list_of_blocks_to_the_next(flux):

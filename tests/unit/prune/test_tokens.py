@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from diffpress.prune.tokens import (
     reduced,
     work,
 )
+from diffpress.prune.units import find_units, remove
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.recorded import mean_error
 from diffpress.targets import TARGETS
@@ -166,6 +168,18 @@ def test_latency_budget_takes_what_changes_least(dit, context):
         apply(dit, given, latency=0.3)
     with pytest.raises(ConfigError, match="no timings; allowed: error, blocks"):
         apply(dit, context(dit), latency=0.5)
+
+
+@pytest.mark.parametrize("removed", [["transformer_blocks.0.blocks.0"], ["transformer_blocks.0.blocks.1"]])
+def test_a_coarse_block_goes(dit, context, removed):
+    given = context(dit)
+    Tokens(TokensConfig(method="coarse", blocks=("transformer_blocks.0", "transformer_blocks.1"))).apply(dit, given)
+    whole = sum(parameter.numel() for parameter in dit.denoiser.parameters())
+    units = [unit for unit in find_units(dit.denoiser, "block") if unit.name in removed]
+    remove(dit.denoiser, units)
+    assert sum(parameter.numel() for parameter in dit.denoiser.parameters()) < whole
+    latents = dit.sample(given.conditions, seeds=given.seeds, plan=given.plan).latents
+    assert np.isfinite(latents).all()
 
 
 def test_time_and_work_that_is_saved(dit):
