@@ -30,6 +30,7 @@ from diffpress.memory import resident_peak
 logger = logging.getLogger(__name__)
 
 HISTORY = "history.json"
+_ENTRY = {"name", "key", "output", "hash"}
 _BEFORE_HISTORY = {".lock", f".{HISTORY}.partial"}  # what a run that was killed at its very start leaves
 _CHUNK = 1 << 22
 
@@ -82,7 +83,7 @@ class Artifact:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         history = folder / HISTORY
-        self.history: list[dict[str, Any]] = read_json(history) if history.exists() else []
+        self.history: list[dict[str, Any]] = _entries(history) if history.exists() else []
 
     @classmethod
     @contextlib.contextmanager
@@ -171,6 +172,14 @@ class Artifact:
             if entry["name"] == name:
                 return entry
         raise ArtifactError(f"{self.folder}: step {name!r} has not finished; run the same command again")
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    """The steps of a history; ArtifactError where the file is something else."""
+    found = read_json(file)
+    if not isinstance(found, list) or not all(isinstance(item, dict) and item.keys() >= _ENTRY for item in found):
+        raise ArtifactError(f"{file} is not a history that diffpress wrote; allowed: another folder, new or empty")
+    return found
 
 
 def _remove(path: Path) -> None:

@@ -174,10 +174,12 @@ class Generator:
             raise ConfigError(f"prompt {condition!r} is {type(condition).__name__}; allowed: text")
         if self.conditioning_kind == "class":
             labels, numbers = self._labels(), f"a number from 0 to {self._class_count() - 1}"
-            if isinstance(condition, str):
-                if condition not in labels:
+            if isinstance(condition, str) and condition not in labels:
+                if not condition.isdecimal():  # lines of a file are text
                     allowed = f"one of {', '.join(labels)}" if labels else numbers
                     raise ConfigError(f"class {condition!r} is not {allowed}")
+                condition = int(condition)
+            if isinstance(condition, str):
                 return labels[condition]
             if type(condition) is not int or not 0 <= condition < self._class_count():
                 raise ConfigError(f"class {condition!r} is not a name or {numbers}")

@@ -118,7 +118,7 @@ def _conditions(report: Report) -> dict[str, Any]:
     return {
         "machine": machine,
         "versions": versions,
-        "seeds": report.provenance.seeds,
+        "seed of the pictures": report.provenance.seeds.get("pictures"),
         "preprocessing": report.provenance.preprocessing,
         "model hash": report.model.hash,
         "evaluate": report.recipe.get("evaluate"),

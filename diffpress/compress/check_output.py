@@ -46,6 +46,11 @@ def markdown(result: CheckResult) -> str:
     return "\n".join([*lines, "", "Intervals in parentheses; decided by the interval's ends.", ""])
 
 
+def markdown_error(error: Exception) -> str:
+    """The same of a check that could not be made."""
+    return f"### diffpress check: not made\n\n{error}\n"
+
+
 def junit(result: CheckResult, *, strict: bool) -> str:
     """JUnit XML: one test case for each criterion; an undecided one is skipped, or with ``strict`` a failure."""
     cases = []

@@ -28,6 +28,16 @@ app = typer.Typer(
 )
 _state = {"quiet": False}
 
+
+def _place(file: Path | None) -> Path | None:
+    """A file to write: its folder is made before any work, and a folder in its place refused."""
+    if file is not None:
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder; allowed: a file")
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -187,7 +197,7 @@ def generate(
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt or a class; may be given several times.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures; prompts are used in turn.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the first picture; the next ones count up.")] = 0,
     steps: Annotated[
         int | None,
         typer.Option(min=1, max=1000, help="Sampling steps.", show_default="what an engine was made for, or 20"),
@@ -232,7 +242,9 @@ def benchmark(
     directory: Directory,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved timing rounds.")] = 20,
     beside: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="More runs, or engines, to time.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every timing.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", callback=_place, help="Write every timing.")
+    ] = None,
 ) -> None:
     """Time the engine in DIR beside stock diffusers and other engines, in turns. The report is left alone.
 
@@ -260,7 +272,9 @@ def profile(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for profile.json and profile.svg.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the JSON alone.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", callback=_place, help="Write the JSON alone.")
+    ] = None,
 ) -> None:
     """Show where the time of the engine in DIR goes: by part, by layer and by kind of work.
 
@@ -294,8 +308,12 @@ def check(
             "--margin", metavar="NAME=VALUE", help="frechet, coverage, latent_error or latency, as latency=1.05."
         ),
     ] = None,
-    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")] = None,
-    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write a summary.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", callback=_place, help="Write JUnit XML.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", callback=_place, help="Write a summary.")
+    ] = None,
 ) -> None:
     """Is DIR no worse than a baseline, in quality and latency?
 
@@ -315,12 +333,14 @@ def check(
     except DiffpressError as error:
         if junit is not None:
             junit.write_text(check_output.junit_error(error), encoding="utf-8")
+        if markdown is not None:
+            markdown.write_text(check_output.markdown_error(error), encoding="utf-8")
         raise
+    out.print(check_output.table(result))
     if junit is not None:
         junit.write_text(check_output.junit(result, strict=strict), encoding="utf-8")
     if markdown is not None:
         markdown.write_text(check_output.markdown(result), encoding="utf-8")
-    out.print(check_output.table(result))
     if result.outcome == "undecided" and not strict:
         err.print(f"[yellow]warning:[/] {result.sentence}; it counts as passed (--strict makes it fail)")
     result.require(strict=strict)

@@ -17,7 +17,7 @@ from diffpress.compress.recipe import Recipe, find_path, read_prompts
 from diffpress.compress.report import Metric, PairedMetric
 from diffpress.errors import ConfigError
 from diffpress.eval.extractors import Extractor, load_extractor
-from diffpress.eval.features import Features, extract, load_reference, save_features
+from diffpress.eval.features import Features, extract, list_images, load_reference, save_features
 from diffpress.eval.fidelity import check_lpips, lpips, psnr, relative_error, ssim
 from diffpress.eval.replicates import (
     BLOCKS,
@@ -111,21 +111,32 @@ def _local(name: str) -> str:
 
 
 def check_evaluation(recipe: Recipe) -> None:
-    """Raises ConfigError, before any work, for too few samples, or an extractor, reference or weights that lack."""
+    """Refuse, before any work, too few samples, and an extractor, reference or weights that lack or do not fit.
+
+    Raises ConfigError, CheckpointError for a reference that cannot be read, NotComparableError for one of another
+    extractor.
+    """
     if recipe.evaluate.features is not None:
         if recipe.evaluate.samples < 2 * BLOCKS:
             raise ConfigError(
                 f"evaluate.samples is {recipe.evaluate.samples}; distances with intervals need {2 * BLOCKS} or more "
                 "(without distances: evaluate.features=null)"
             )
-        _extractor(recipe)
+        extractor = _extractor(recipe)
     if recipe.evaluate.lpips is not None:
         check_lpips(_local(recipe.evaluate.lpips))
     reference = recipe.evaluate.reference
-    if reference is not None and find_path(reference.partition("#")[0]) is None:
+    if reference is None:
+        return
+    found = find_path(reference.partition("#")[0])
+    if found is None:
         raise ConfigError(
             f"evaluate.reference {reference!r} is not there; allowed: a features file or a folder of images"
         )
+    if found.is_dir():
+        list_images(found)
+    elif recipe.evaluate.features is not None:
+        load_reference(_local(reference), extractor)
 
 
 def quality_metrics(path: Path) -> tuple[Metric, ...]:

@@ -103,6 +103,7 @@ def _stages(document: Document, methods: dict[str, type]) -> tuple[StageSpec, ..
             document.report(path, what)
             continue
         ((method, settings),) = entry.items()
+        method = str(method)
         if method not in methods:
             allowed = ", ".join(sorted(methods))
             document.report(

@@ -58,6 +58,9 @@ class Document:
     def put(self, path: Path, value: Any, where: str) -> None:
         """Set ``path`` to ``value``, creating sections on the way; ``where`` names the origin in later messages."""
         at: Any = self.data
+        if isinstance(path[0], int):
+            self.problems.append(Problem(where, f"a recipe has named sections, none of number {path[0]}"))
+            return
         for depth, (step, following) in enumerate(pairwise(path), start=1):
             inner = at.get(step) if isinstance(at, dict) else at[step]
             if inner is None and isinstance(following, str):
@@ -68,6 +71,10 @@ class Document:
                 return
             if isinstance(inner, list) and not (isinstance(following, int) and 0 <= following < len(inner)):
                 what = f"{dotted(path[:depth])} has {len(inner)} entries: give an index below that, not {following!r}"
+                self.problems.append(Problem(where, what))
+                return
+            if isinstance(inner, dict) and isinstance(following, int):
+                what = f"{dotted(path[:depth])} is a section with names: give one of them, not {following}"
                 self.problems.append(Problem(where, what))
                 return
             at = inner
@@ -100,9 +107,12 @@ def read_yaml(text: str | bytes, name: str) -> Document:
 def read_value(text: str) -> Any:
     """The value of an override, as YAML would read it.
 
-    Raises `yaml.YAMLError` when ``text`` is not YAML.
+    Raises `yaml.YAMLError` when ``text`` is not YAML, or more than a recipe may have.
     """
-    return yaml.load(text, Loader=_Loader)
+    document = read_yaml(text, "value")
+    if document.problems:
+        raise yaml.YAMLError(document.problems[0].what)
+    return document.data
 
 
 class _Walk:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffpress.errors import ConfigError
 from diffpress.export import load
+from diffpress.export.build import MANIFEST
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT, Progress
 
@@ -40,9 +41,7 @@ def generate_pictures(
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; allowed: a folder")
     generator = open_generator(source)
-    numbers = generator.conditioning_kind == "class"  # a class may be given by number, a prompt is always text
-    given = None if prompts is None else [int(item) if numbers and item.isdecimal() else item for item in prompts]
-    conditions = generator.conditions(len(seeds), given)
+    conditions = generator.conditions(len(seeds), prompts)
     files = [output / f"{seed:04d}-{_slug(str(item))}.png" for seed, item in zip(seeds, conditions, strict=True)]
     taken = [str(file) for file in files if file.exists()]
     if taken:
@@ -58,9 +57,10 @@ def generate_pictures(
 
 
 def open_generator(source: str) -> Generator:
-    """The generator of an artifact folder, its denoiser run by the engine; else the model called ``source``."""
+    """The generator of an artifact folder or an engine; else the model called ``source``."""
     folder = Path(source)
-    return Generator(load(folder)) if (folder / "engine").is_dir() else Generator.load(source)
+    built = (folder / "engine").is_dir() or (folder / MANIFEST).is_file()
+    return Generator(load(folder)) if built else Generator.load(source)
 
 
 def _slug(text: str) -> str:

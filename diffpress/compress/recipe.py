@@ -16,6 +16,7 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from diffpress.caching import FEW_STEPS
 from diffpress.config import config
+from diffpress.errors import ConfigError
 from diffpress.export.settings import ExportConfig
 
 logger = logging.getLogger(__name__)
@@ -299,11 +300,23 @@ def portable_path(name: str, *, beside: Path | None = None) -> str:
 
 
 def read_prompts(prompts: tuple[str | int, ...] | str | None) -> tuple[str | int, ...] | None:
-    """The prompts of a recipe: as listed, or the lines of the text file that they name (blank lines left out)."""
+    """The prompts of a recipe: as listed, or the lines of the text file that they name (blank lines left out).
+
+    Raises ConfigError for a file that is no text in UTF-8, or has none.
+    """
     if not isinstance(prompts, str):
         return prompts
-    lines = (find_path(prompts) or Path(prompts)).read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip())
+    file = find_path(prompts) or Path(prompts)
+    if not file.is_file():
+        raise ConfigError(f"prompts {prompts!r} is no file; allowed: a text file in UTF-8, or a list")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompts {prompts!r} is not in UTF-8: {error}; allowed: a text file in UTF-8") from error
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
+        raise ConfigError(f"prompts {prompts!r} has no line of text; allowed: one prompt or class in each line")
+    return found
 
 
 def recipe_data(recipe: Recipe) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class Run:
     def base_key(self) -> str:
         context = self.context(self.original)
         calibration = [context.conditions, list(context.seeds), dataclasses.asdict(context.plan), context.batch_size]
+        calibration.append(context.pool)
         return fingerprint(__version__, self.model_hash, self.target.name, self.target.weight_limit(), calibration)
 
     def build(self) -> None:
@@ -110,6 +111,8 @@ class Run:
         if self.artifact.done(ENGINE, keys[-1]) is not None:
             logger.info("engine: done already")
             return
+        if processes.first():
+            self.artifact.forget(ENGINE)  # the one that is there is of other stages, should these not come to an end
         generator, pending = self._restore(keys)
         processes.wait_for_all()  # none writes before all have read what is there
         for number in pending:
@@ -127,12 +130,13 @@ class Run:
 
     def _keys(self) -> list[str]:
         """One key for each stage and one for the engine; each takes in the one before."""
-        keys, last = [], self.base_key()
+        keys, last, export = [], self.base_key(), dataclasses.asdict(self.recipe.export)
         for spec in self.recipe.stages:
-            last = fingerprint(last, spec.method, dataclasses.asdict(spec.config))
+            timed = [export] if _timed(spec.config) else []
+            last = fingerprint(last, spec.method, dataclasses.asdict(spec.config), *timed)
             keys.append(last)
         plan = dataclasses.asdict(evaluation.plan_of(self.recipe))
-        return [*keys, fingerprint(last, dataclasses.asdict(self.recipe.export), plan)]
+        return [*keys, fingerprint(last, export, plan)]
 
     def _restore(self, keys: list[str]) -> tuple[Generator, list[int]]:
         """The generator after the last finished stage, and the stages still to do."""
@@ -270,8 +274,8 @@ def run(recipe: Recipe, output: Path, *, dry_run: bool = False, progress: Progre
         work.build()
         return None
     with Artifact.open(output, need=_needed(recipe)) as work.artifact:
-        (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         work.build()
+        (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")  # the engine is that recipe's now
         return Result(work.evaluate(), output)
 
 
@@ -323,7 +327,7 @@ def measure_candidates(
 def _reopen(directory: Path, progress: Progress) -> Iterator[Run]:
     """The run of a finished folder, from the recipe it kept. Raises ArtifactError when it is none."""
     if not (directory / "recipe.yaml").is_file():
-        raise ArtifactError(f"{directory} was not made by diffpress: recipe.yaml is missing")
+        raise ArtifactError(f"{directory} has no engine that diffpress built: recipe.yaml is missing")
     recipe = load_recipe(directory / "recipe.yaml", methods={name: stage.Config for name, stage in METHODS.items()})
     with Artifact.open(directory) as artifact:
         yield Run(recipe, artifact, progress)
@@ -333,6 +337,11 @@ def load_original(recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Gene
     """The recipe's model."""
     found = find_path(recipe.model)
     return Generator.load(found or recipe.model, revision=recipe.revision, dtype=dtype)
+
+
+def _timed(config: Any) -> bool:
+    """Whether latencies of an engine decide a stage, and so how the engine is built."""
+    return getattr(config, "latency", None) is not None or getattr(config, "budget", None) is not None
 
 
 def _model_hash(folder: Path) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from diffpress.compress.evaluation import conditions_of, plan_of
 from diffpress.compress.measured import latency_rows
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.report import Latency, Scope
-from diffpress.errors import ConfigError
+from diffpress.errors import ConfigError, InfrastructureError
 from diffpress.eval.latency import benchmark, peak_memory
 from diffpress.export import load
 from diffpress.generator import Generator
@@ -123,18 +125,28 @@ def _one_by_one(advance: Callable[[int], None]) -> Callable[[int, int], None]:
 
 
 def memory_of(sources: dict[str, Path], recipe: Recipe, progress: Progress) -> dict[str, float]:
-    """Highest resident memory, MiB, of a fresh process that loads each source and draws one picture."""
+    """Highest resident memory, MiB, of a fresh process that loads each source and draws one picture.
+
+    The process knows nothing of the caller's script, which `multiprocessing` would run again. Raises
+    InfrastructureError with the last line of a process that fails.
+    """
     found: dict[str, float] = {}
-    spawn = multiprocessing.get_context("spawn")
+    code = f"import pickle, sys; from {__name__} import one_picture; print(one_picture(*pickle.load(sys.stdin.buffer)))"
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with progress.task("Weighing memory", total=len(sources)) as advance:
         for name, source in sources.items():
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                found[name] = pool.submit(_one_picture, source, recipe, torch.get_num_threads()).result()
+            given = pickle.dumps((source, recipe, torch.get_num_threads()))
+            done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, env=paths)
+            if done.returncode:
+                said = "".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
+                raise InfrastructureError(f"memory of {name}: a process that draws a picture ended early: {said}")
+            found[name] = float(done.stdout.split()[-1])
             advance(1)
     return found
 
 
-def _one_picture(source: Path, recipe: Recipe, threads: int) -> float:
+def one_picture(source: Path, recipe: Recipe, threads: int) -> float:
+    """Peak of this process's resident memory, MiB, once ``source`` is loaded and has drawn one batch."""
     torch.set_num_threads(threads)
     generator = Generator(load(source)) if (source / "diffpress.json").is_file() else Generator.load(source)
     batch, plan = timed_batch(recipe), generator.plan_for(plan_of(recipe))

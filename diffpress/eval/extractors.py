@@ -313,7 +313,10 @@ def _load_user(target: str, *, batch_size: int, device: str) -> BatchedExtractor
         raise ConfigError(f"module {module_name} of extractor 'module:{target}' cannot be imported: {error}") from error
     except AttributeError as error:
         raise ConfigError(f"module {module_name} has no {attribute}") from error
-    found = found() if inspect.isclass(found) else found
+    try:
+        found = found() if inspect.isclass(found) else found
+    except TypeError as error:
+        raise ConfigError(f"class {target} cannot be made without arguments: {error}") from error
     if not callable(found):
         raise ConfigError(f"{target} is a {type(found).__name__}; allowed: a callable or a torch.nn.Module")
     description = str(getattr(found, "preprocessing", f"inside {target}"))
@@ -348,7 +351,10 @@ def _source(found: object, module_name: str) -> bytes:
 
 def _probe(function: Callable[[NDArray[np.uint8]], NDArray[Any]], *, name: str) -> int:
     """Length of a feature vector, found with a black image. Raises `ConfigError` where the output is not ``[1, d]``."""
-    shape = np.asarray(function(np.zeros((1, 64, 64, 3), dtype=np.uint8))).shape
+    try:
+        shape = np.asarray(function(np.zeros((1, 64, 64, 3), dtype=np.uint8))).shape
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ConfigError(f"extractor {name} fails on one black image of uint8 [1, 64, 64, 3]: {error}") from error
     if len(shape) != 2 or shape[0] != 1 or shape[1] < 1:
         raise ConfigError(f"extractor {name} gave the shape {shape} for one image; expected (1, dimension)")
     return int(shape[1])

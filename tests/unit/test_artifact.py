@@ -127,6 +127,14 @@ def test_broken_history(tmp_path, text):
         pass
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", '{"loss": [0.3]}', '[{"epoch": 1}]'])
+def test_a_history_of_something_else(tmp_path, text):
+    (tmp_path / "history.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"is not a history that diffpress wrote"), Artifact.open(tmp_path):
+        pass
+    assert (tmp_path / "history.json").read_text() == text
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, number):
     def refuse(self, **_):

@@ -139,12 +139,13 @@ def test_one_seed_for_each_condition(dit, plan):
 def test_conditions_cycle(dit, sd, ddpm):
     assert dit.conditions(6) == [0, 1, 2, 3, 0, 1]
     assert dit.conditions(3, ["owl", 7]) == [2, 7, 2]
+    assert dit.conditions(3, ["owl", "7"]) == [2, 7, 2]  # a line of a file
     assert sd.conditions(3, ["a", "b"]) == ["a", "b", "a"]
     assert all(isinstance(prompt, str) and prompt for prompt in sd.conditions(100))
     assert ddpm.conditions(2) == [None, None]
 
 
-@pytest.mark.parametrize("wrong", [1000, -1, 1.0, True, None])
+@pytest.mark.parametrize("wrong", [1000, -1, 1.0, True, None, "1000"])
 def test_classes_that_do_not_exist(dit, wrong):
     with pytest.raises(ConfigError, match=r"is not a name or a number from 0 to 999"):
         dit.conditions(1, [wrong])

@@ -192,7 +192,7 @@ def fabricate(*, slow: float = 1.0, worse: float = 1.0, seed: int = 0) -> Report
                 "threads": {"torch": 2},
                 "gpu": None,
             },
-            seeds={"evaluate": 0, "reference": 1_000_000, "bootstrap": 0},
+            seeds={"pictures": 0, "calibration": 1_000_000},
             preprocessing="f00d" * 16,
             started="2026-11-20T10:00:00Z",
             finished="2026-11-20T10:02:41Z",

@@ -113,11 +113,17 @@ def test_another_reference_is_not_comparable(artifact):
         check(new, old)
 
 
+def test_seeds_of_a_training_are_no_difference(artifact):
+    report = fabricate()
+    trained = changed(report, "provenance", seeds={**report.provenance.seeds, "training": 10_000_000})
+    assert check(artifact("trained", trained), artifact("old", report)).outcome == "pass"
+
+
 def test_every_difference_is_listed(artifact):
     report = fabricate()
     machine = {**report.provenance.machine, "cpu": {"model": "another"}, "memory_mib": 1}
     machine["versions"] = {**machine["versions"], "torch": "9.9", "diffpress": "0.2"}
-    other = changed(report, "provenance", machine=machine, seeds={"evaluate": 1}, preprocessing="beef")
+    other = changed(report, "provenance", machine=machine, seeds={"pictures": 1}, preprocessing="beef")
     other = dataclasses.replace(other, recipe={**report.recipe, "evaluate": {"samples": 3}})
     with pytest.raises(NotComparableError) as caught:
         check(artifact("new", other), artifact("old", report))
@@ -125,7 +131,7 @@ def test_every_difference_is_listed(artifact):
     for part in (
         "cpu.model",
         "versions.torch: baseline 2.13.0, here 9.9",
-        "seeds.evaluate",
+        "seed of the pictures: baseline 0, here 1",
         "preprocessing",
         "evaluate.steps",
     ):
@@ -177,7 +183,7 @@ def test_margins():
 )
 def test_exit_codes_and_files(artifact, tmp_path, capsys, values, extra, code):
     new, old = artifact("new", fabricate(**values)), artifact("old", fabricate())
-    junit, summary = tmp_path / "check.xml", tmp_path / "check.md"
+    junit, summary = tmp_path / "reports/check.xml", tmp_path / "summaries/check.md"  # in folders that are not there
     command = [
         "check",
         str(new),
@@ -205,12 +211,15 @@ def test_exit_codes_and_files(artifact, tmp_path, capsys, values, extra, code):
 
 def test_exit_codes_of_what_cannot_be_checked(artifact, tmp_path, capsys):
     new = artifact("new", fabricate())
-    junit = tmp_path / "check.xml"
+    junit, summary = tmp_path / "check.xml", tmp_path / "check.md"
     other = tmp_path / "other.json"
     other.write_text(report_json(changed(fabricate(), "model", hash="different")), encoding="utf-8")
-    assert run(["check", str(new), "--baseline", str(other), "--junit", str(junit)]) == 3
+    assert run(["check", str(new), "--baseline", str(other), "--junit", str(junit), "--markdown", str(summary)]) == 3
     assert "model hash" in capsys.readouterr().err
     assert Xml.parse(junit).getroot().find("testcase/error").get("type") == "NotComparableError"
+    assert "model hash" in summary.read_text(encoding="utf-8")
+    assert run(["check", str(new), "--baseline", str(new), "--junit", str(tmp_path)]) == 2
+    assert "is a folder; allowed: a file" in capsys.readouterr().err
     assert run(["check", str(new), "--baseline", str(tmp_path / "nowhere")]) == 2
     other.write_text("nonsense", encoding="utf-8")
     assert run(["check", str(new), "--baseline", str(other)]) == 2

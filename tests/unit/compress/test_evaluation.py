@@ -14,7 +14,8 @@ from diffpress.compress import evaluation
 from diffpress.compress.assemble import _parity
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.recipe import Recipe
-from diffpress.errors import ConfigError, MissingDependencyError
+from diffpress.compress.timing import memory_of
+from diffpress.errors import ConfigError, DiffpressError, InfrastructureError, MissingDependencyError
 from diffpress.eval.distances import precision_recall
 from diffpress.eval.features import Features, save_features
 from diffpress.generator import Samples
@@ -55,6 +56,30 @@ def test_a_missing_reference_is_found_before_any_work(recipe: Recipe) -> None:
     wrong = dataclasses.replace(recipe.evaluate, reference="nowhere.safetensors")
     with pytest.raises(ConfigError, match=r"nowhere\.safetensors"):
         evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=wrong))
+
+
+def test_a_reference_that_is_none_is_found_before_any_work(recipe: Recipe, tmp_path: Path) -> None:
+    """Pictures in folders by class, a file of something else, and features that are not in the file."""
+    (tmp_path / "nested" / "cats").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("pictures are elsewhere")
+    features = "models/emoji-features"
+    for name in ("nested", "notes.txt", f"{features}/reference.safetensors#nope"):
+        path = name if name.startswith(features) else str(tmp_path / name)
+        wrong = dataclasses.replace(recipe.evaluate, samples=64, features=features, reference=path)
+        with pytest.raises(DiffpressError, match=name.partition("#")[2] or name):
+            evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=wrong))
+    whole = dataclasses.replace(
+        recipe.evaluate, samples=64, features=features, reference=f"{features}/reference.safetensors"
+    )
+    evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=whole))
+
+
+def test_memory_is_weighed_without_the_callers_script(recipe: Recipe, dit_folder: Path) -> None:
+    """A script without a guard would run again, and once more in that."""
+    found = memory_of({"eager": dit_folder}, recipe, SILENT)
+    assert 50 < found["eager"] < 20_000
+    with pytest.raises(InfrastructureError, match=r"memory of lost: .*no-such-folder"):
+        memory_of({"lost": Path("no-such-folder")}, recipe, SILENT)
 
 
 def test_too_few_pictures_for_distances_are_found_before_any_work(recipe: Recipe) -> None:

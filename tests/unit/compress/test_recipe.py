@@ -182,6 +182,10 @@ def test_overrides_reach_everything(write):
         ("stages.7.alpha=1", "the recipe has 2 stages"),
         ("stages.0.alpha=[", "not valid YAML"),
         ("quantize.int8.observer=max", "'minmax' or 'mse'"),
+        ("5=3", "none of number 5"),
+        ("evaluate.5=3", "evaluate is a section with names: give one of them, not 5"),
+        ("stages=[{1: 2}]", "unknown method '1'"),
+        ("evaluate.prompts=&a [*a]", "not valid YAML"),
     ],
 )
 def test_wrong_overrides_name_themselves(write, override, what):
@@ -194,6 +198,29 @@ def test_an_override_of_a_method_that_is_there_twice_or_not_at_all():
     data = {"model": "x", "stages": ["quantize.int8", "quantize.int8"]}
     assert "there several times: use stages.N" in problems(data, "quantize.int8.observer=mse")[0][1]
     assert "not a stage of this recipe" in problems(data, "quantize.smooth.alpha=1")[0][1]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"\xef\xbb\xbfred apple\n\n 7 \n", ("red apple", "7")),
+        ("café".encode(), ("café",)),
+        ("café".encode("latin-1"), "not in UTF-8"),
+        (b"\n \n", "no line of text"),
+        (None, "is no file"),
+    ],
+)
+def test_prompts_of_a_file(tmp_path, content, found):
+    file = tmp_path / "prompts.txt"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    if isinstance(found, tuple):
+        assert read_prompts(str(file)) == found
+        return
+    with pytest.raises(ConfigError, match=found):
+        read_prompts(str(file))
 
 
 def test_round_trip(write):

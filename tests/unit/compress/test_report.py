@@ -12,7 +12,7 @@ from fabricated import RECIPE, changed, estimate, fabricate, latencies
 from diffpress.compress.figures import data_uri, difference, difference_gain
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.measured import distribution_metric, latency_rows, median_interval, over_engine, paired_metric
-from diffpress.compress.page import Pictures, render_html, render_markdown, write_report
+from diffpress.compress.page import Pictures, _duration, render_html, render_markdown, write_report
 from diffpress.compress.report import SCHEMA_FILE, read_report, report_json, report_schema
 from diffpress.compress.verdict import judge, number, speed_phrase, with_interval, worst
 from diffpress.errors import ArtifactError
@@ -39,6 +39,13 @@ def test_written_and_read_back(report, pictures, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
     assert read_report(tmp_path) == read_report(tmp_path / "report.json") == report
     assert read_report(tmp_path) != fabricate(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(59.4, "59.4 s"), (59.7, "1 min 0 s"), (119.7, "2 min 0 s"), (3599.8, "60 min 0 s")]
+)
+def test_durations_have_no_sixtieth_second(seconds, text):
+    assert _duration(seconds) == text
 
 
 def test_committed_schema_is_current():

@@ -1,0 +1,85 @@
+"""A finished folder, its recipe changed: what is in it stays true, whatever happens on the way; also from Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffpress.artifact import Artifact
+from diffpress.compress.loading import load_recipe
+from diffpress.compress.methods import METHODS
+from diffpress.compress.runner import Run, evaluate
+from diffpress.errors import ArtifactError
+from diffpress.progress import SILENT
+
+pytestmark = pytest.mark.slow
+CONFIGS = {name: stage.Config for name, stage in METHODS.items()}
+SCRIPT = """
+import diffpress
+
+result = diffpress.compress({model!r}, {recipe!r}, {output!r})
+print(result.report.verdict.headline)
+"""
+
+
+def recipe(model: Path, **changes: object) -> dict:
+    evaluate = {"samples": 2, "steps": 2, "features": None, "latency_rounds": 3, "baselines": ["eager"]}
+    data = {"model": str(model), "calibration": {"samples": 2}, "evaluate": evaluate, "gate": {}}
+    return data | {"stages": [{"quantize.int8": {}}]} | changes
+
+
+def run_script(tmp_path: Path, given: dict, output: Path) -> subprocess.CompletedProcess:
+    """As a user's file without a guard for other processes."""
+    file = tmp_path / "script.py"
+    text = SCRIPT.format(model=given["model"], recipe=given, output=str(output))
+    file.write_text(text, encoding="utf-8")
+    return subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=300)
+
+
+def test_a_changed_recipe_makes_no_false_report(
+    dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    done = run_script(tmp_path, recipe(dit_folder), output)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    report = evaluate(output)
+    kept = (output / "recipe.yaml").read_text(encoding="utf-8")
+
+    other = load_recipe(recipe(dit_folder, stages=[{"quantize.int8": {"observer": "minmax"}}]), methods=CONFIGS)
+
+    def stopped(self: Run, generator: object, folder: Path) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_export", stopped)
+    with Artifact.open(output) as artifact, pytest.raises(KeyboardInterrupt):
+        Run(other, artifact, SILENT).build()
+    assert (output / "recipe.yaml").read_text(encoding="utf-8") == kept
+    with pytest.raises(ArtifactError, match="step 'engine' has not finished; run the same command again"):
+        evaluate(output)
+    monkeypatch.undo()
+
+    again = run_script(tmp_path, recipe(dit_folder), output)
+    assert again.returncode == 0, again.stderr
+    assert evaluate(output).engine.hash == report.engine.hash
+
+
+def test_what_a_stage_depends_on_is_in_its_key(dit_folder: Path, sd_folder: Path, tmp_path: Path) -> None:
+    def keys(model: Path, **changes: object) -> list[str]:
+        loaded = load_recipe(recipe(model, **changes), methods=CONFIGS)
+        return Run(loaded, Artifact(tmp_path / "keys"), SILENT)._keys()
+
+    evaluation = recipe(sd_folder)["evaluate"]
+    prompts = [evaluation | {"prompts": ["flag", "heart", *more]} for more in ([], ["hands"])]
+    few, more = (keys(sd_folder, stages=[{"distill.consistency": {}}], evaluate=given) for given in prompts)
+    assert few[0] != more[0]  # a student learns from all prompts, calibration sees the first two
+
+    in_float, in_bfloat16 = ({"target": "openvino", "compute": name} for name in ("float32", "bfloat16"))
+    for stage, same in (({"remove": 0.5}, True), ({"latency": 0.7}, False)):
+        stages = [{"prune.depth": stage}]
+        first, second = (keys(dit_folder, stages=stages, export=given) for given in (in_float, in_bfloat16))
+        assert (first[0] == second[0]) == same
+        assert first[1] != second[1]
