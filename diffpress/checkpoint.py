@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,8 @@ def verify(folder: Path, *, trust_remote_code: bool = False) -> dict:
     pickles only, and safetensors files that are cut off.
     """
     index = _read_index(folder)
-    own_code = [
-        name
-        for name, value in index.items()
-        if isinstance(value, list) and value[0] not in (None, "diffusers", "transformers")
-    ]
+    parts = components(index)
+    own_code = [name for name, (library, _) in parts.items() if library is not None and not is_stock(library)]
     own_code += [path.name for path in folder.rglob("*.py")] + (
         ["_class_name"] if isinstance(index["_class_name"], list) else []
     )
@@ -57,10 +56,36 @@ def verify(folder: Path, *, trust_remote_code: bool = False) -> dict:
         raise CheckpointError(
             f"{folder}: {', '.join(own_code)} would run code from the checkpoint; allowed only with trust_remote_code"
         )
-    for name, value in index.items():
-        if isinstance(value, list) and not name.startswith("_") and value and value[0] is not None:
+    for name, (library, _) in parts.items():
+        if library is not None:
             _verify_component(folder / name)
     return index
+
+
+def components(index: dict) -> dict[str, tuple[str | None, str | None]]:
+    """Library and class of each component of a ``model_index.json``; (None, None) where it is left out."""
+
+    def is_one(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(isinstance(item, str | None) for item in value)
+
+    return {name: tuple(value) for name, value in index.items() if not name.startswith("_") and is_one(value)}
+
+
+def is_stock(library: str) -> bool:
+    """Whether a component's library is diffusers, one of its pipelines (safety checkers are there), or transformers."""
+    inside = library.isidentifier() and find_spec(f"diffusers.pipelines.{library}") is not None
+    return inside or library in ("diffusers", "transformers")
+
+
+def stock_class(library: str, name: str) -> type:
+    """The class of a component; CheckpointError where it is not a stock one."""
+    found: Any = None
+    if is_stock(library):
+        inside = library not in ("diffusers", "transformers")
+        found = getattr(import_module(f"diffusers.pipelines.{library}" if inside else library), name, None)
+    if found is None:
+        raise CheckpointError(f"{library}.{name} is no class of diffusers or transformers")
+    return found  # type: ignore[no-any-return]
 
 
 def _read_index(folder: Path) -> dict:

@@ -225,7 +225,9 @@ def trajectory(
 
     Raises ConfigError for a scheduler that `check_solver` refuses.
     """
-    generator.use_scheduler(plan.scheduler)
+    if plan.scheduler is not None:
+        with generator.drawn_by(plan.scheduler):
+            return trajectory(generator, conditions, seeds=seeds, plan=replace(plan, scheduler=None))
     check_solver(generator)
     scheduler, count = generator.pipeline.scheduler, len(conditions)
     states: list[Tensor] = []

@@ -250,9 +250,13 @@ class Schedule:
 def read_schedule(scheduler: Any) -> Schedule:
     """The schedule behind a diffusers scheduler.
 
-    Raises CheckpointError for a scheduler whose forward process is not a variance-preserving or a flow-matching one.
+    Raises CheckpointError for a scheduler whose forward process is not a variance-preserving or a flow-matching one,
+    or that counts time in another unit.
     """
     config, name = scheduler.config, type(scheduler).__name__
+    for setting, value in (("timestep_type", "continuous"), ("invert_sigmas", True)):
+        if config.get(setting) == value:
+            raise CheckpointError(f"{name} has {setting} {value!r}, so its timesteps mean something else")
     steps = torch.arange(config.get("num_train_timesteps", 1000), dtype=torch.float64)
     declared = config.get("prediction_type", "flow_prediction" if "FlowMatch" in name else None)
     if declared not in _PREDICTION_TYPES:

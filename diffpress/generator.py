@@ -27,7 +27,7 @@ from diffpress.diffusion import Schedule, read_schedule
 from diffpress.errors import CheckpointError, ConfigError
 from diffpress.progress import SILENT, Progress
 from diffpress.sampling import SamplingPlan, guidance_arguments, on_grid, patched, switch_scheduler
-from diffpress.traceable import make_traceable
+from diffpress.traceable import make_traceable, refuse_lists
 
 if TYPE_CHECKING:
     from diffpress.caching import CachePolicy
@@ -81,7 +81,7 @@ class Generator:
         self._arguments = inspect.signature(type(pipeline).__call__).parameters
         self.conditioning_kind  # noqa: B018 - an unknown family is refused here
         make_traceable(self.denoiser)
-        _refuse_lists(self.denoiser)
+        refuse_lists(self.denoiser)
         pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -254,10 +254,29 @@ class Generator:
 
     @torch.no_grad()
     def draw(self, conditions: Sequence[Any], *, seeds: Sequence[int], plan: SamplingPlan) -> Any:
-        """What the pipeline itself returns for one batch, its noise from the seeds."""
-        self.use_scheduler(plan.scheduler)
-        with on_grid(self.pipeline.scheduler, plan.grid):
-            return self.pipeline(**self._call_arguments(conditions, seeds, plan))
+        """What the pipeline itself returns for one batch, its noise from the seeds.
+
+        Raises ConfigError for a size that the pipeline refuses, or replaces by another.
+        """
+        arguments = self._call_arguments(conditions, seeds, plan)
+        asked = f"{plan.height} x {plan.width} pixels: {type(self.pipeline).__name__}"
+        with self.drawn_by(plan.scheduler), on_grid(self.pipeline.scheduler, plan.grid):
+            try:
+                output = self.pipeline(**arguments)
+            except ValueError as error:
+                if plan.height is None and plan.width is None:
+                    raise
+                raise ConfigError(f"{asked} refuses it: {error}") from error
+        sides = output.images.shape[1:3]
+        if sides != (plan.height or sides[0], plan.width or sides[1]):
+            raise ConfigError(f"{asked} draws {sides[0]} x {sides[1]}; allowed: a size that it can draw, or null")
+        return output
+
+    @contextmanager
+    def drawn_by(self, scheduler: str | None) -> Iterator[None]:
+        """Inside the block the generator draws with the diffusers class ``scheduler``; None: its own."""
+        with patched(self.pipeline, "scheduler", self.scheduler_of(scheduler)):
+            yield
 
     def sample(
         self,
@@ -363,16 +382,6 @@ def argument_names(network: nn.Module) -> list[str]:
     network = unwrapped(network)
     known: Any = getattr(network, "argument_names", None)
     return list(known or inspect.signature(network.forward).parameters)
-
-
-def _refuse_lists(network: nn.Module) -> None:
-    """Raises CheckpointError for a network that wants a list of pictures."""
-    first = next(iter(inspect.signature(network.forward).parameters.values()))
-    if str(first.annotation).startswith("list"):
-        raise CheckpointError(
-            f"{type(network).__name__} takes {first.name} as {first.annotation}; "
-            "allowed: networks that take one tensor for all pictures of a batch"
-        )
 
 
 def has_tensor(value: Any) -> bool:

@@ -77,11 +77,34 @@ def switch_scheduler(scheduler: Any, kind: type, **changes: Any) -> Any:
     """A scheduler of the diffusers class ``kind`` with the config of ``scheduler`` and those changes that it knows.
 
     Where the config does not say so, x_0 is not clipped to [-1, 1], as some classes do by default: latents go beyond.
+    Raises ConfigError for a class that does not know the forward process of ``scheduler``.
     """
     known = inspect.signature(kind).parameters
-    wanted = {"clip_sample": scheduler.config.get("clip_sample", False)} | changes
+    process = {} if kind is type(scheduler) else _process(scheduler, "FlowMatch" in kind.__name__)
+    if lost := [name for name, value in process.items() if value and name not in known]:
+        raise ConfigError(
+            f"{kind.__name__} does not know {', '.join(lost)} of this generator's {type(scheduler).__name__}; allowed: "
+            "a scheduler of the same forward process"
+        )
+    wanted = {"clip_sample": scheduler.config.get("clip_sample", False)} | process | changes
     return kind.from_config(  # type: ignore[attr-defined]
         scheduler.config, **{name: value for name, value in wanted.items() if name in known}
+    )
+
+
+def _process(scheduler: Any, to_flow: bool) -> dict[str, Any]:
+    """What a scheduler says of its forward process, by the names of classes for flows alone or for any process."""
+    config = scheduler.config
+    if not is_flow(scheduler):
+        return {"rescale_betas_zero_snr": config.get("rescale_betas_zero_snr", False)} | (
+            {"prediction_type": config.get("prediction_type")} if to_flow else {}
+        )
+    shift = config.get("flow_shift") or config.get("shift") or 1.0
+    own = {"shift": shift} if to_flow else {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return (
+        own
+        | ({} if to_flow else {"flow_shift": shift})
+        | {"use_dynamic_shifting": config.get("use_dynamic_shifting", False)}
     )
 
 

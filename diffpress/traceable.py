@@ -7,6 +7,7 @@ counted in the mask. Rotations are pairs of cosine and sine: ONNX knows no compl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from diffpress.errors import ConfigError
+from diffpress.errors import CheckpointError, ConfigError
 
 _QWEN_MIDDLE = 4096  # places on either side of the middle
 _TOGETHER = 32  # tokens of which ZImage's pictures and texts are multiples
@@ -43,6 +44,16 @@ def check_traceable(network: nn.Module) -> None:
         raise ConfigError(
             f"export: {type(network).__name__} with {' and '.join(_unknown(network))} computes with the shapes of "
             "pictures in Python, which torch cannot trace; allowed: without"
+        )
+
+
+def refuse_lists(network: nn.Module) -> None:
+    """Raises CheckpointError for a network that wants a list of pictures."""
+    first = next(iter(inspect.signature(network.forward).parameters.values()))
+    if str(first.annotation).startswith("list"):
+        raise CheckpointError(
+            f"{type(network).__name__} takes {first.name} as {first.annotation}; "
+            "allowed: networks that take one tensor for all pictures of a batch"
         )
 
 

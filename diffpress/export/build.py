@@ -130,6 +130,7 @@ def export(
     Raises ConfigError, EngineError, ParityError or PrecisionError.
     """
     check_export(generator, settings)
+    generator.use_scheduler(plan.scheduler)  # which the engine's folder gets
     if settings.height is not None:
         plan = dataclasses.replace(plan, height=settings.height, width=settings.width)
     batch = None if settings.batch == "dynamic" else settings.batch
@@ -285,6 +286,7 @@ def _write_pipeline(
         "export": dataclasses.asdict(settings),
         "denoiser": generator.denoiser_name,
         "parameters": argument_names(generator.denoiser),
+        "arguments": _taken(next(part for part in parts if part.role == "denoiser")),
         "attributes": _plain_attributes(generator.denoiser),
         "parts": [{"role": part.role, "folder": part.folder, "attribute": part.attribute} for part in parts],
         "largest_code": largest_code(generator.denoiser),
@@ -294,6 +296,12 @@ def _write_pipeline(
         "cache": None if generator.cache is None else dataclasses.asdict(generator.cache),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def _taken(part: Component) -> list[str]:
+    """Names of all that ``part`` was given when it was recorded, also inside dictionaries."""
+    inside = (key for value in part.inputs.values() if isinstance(value, dict) for key in value)
+    return sorted({*part.inputs, *part.constants, *inside})
 
 
 def _plain_attributes(network: nn.Module) -> dict[str, Any]:

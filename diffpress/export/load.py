@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import json
 import logging
@@ -15,12 +14,13 @@ import diffusers
 from safetensors.torch import load_file
 
 from diffpress.caching import CachePolicy, read_policy
-from diffpress.errors import ArtifactError
+from diffpress.checkpoint import components as components_of
+from diffpress.checkpoint import quiet_loading, stock_class
+from diffpress.errors import ArtifactError, CheckpointError
 from diffpress.export.build import BUFFERS, MANIFEST
 from diffpress.export.cut import PIECES, WHOLE, piece_path
 from diffpress.export.modules import CachedEngineDenoiser, EngineAutoencoder, EngineDenoiser, EngineTextEncoder
 from diffpress.export.session import open_session
-from diffpress.generator import quiet_loading
 from diffpress.sampling import SamplingPlan, guidance_arguments, on_grid
 from diffpress.targets import find_target, overflows
 from diffpress.traceable import open_door
@@ -61,14 +61,15 @@ def load(
         }
         parts[part["folder"]] = sessions, _read(root / part["folder"] / "config.json"), part
     components = _engines(root, parts, manifest, policy)
-    for name, value in index.items():
-        if isinstance(value, list) and name not in components and value[0] is not None:
-            components[name] = _stock(root / name, *value)
+    named = components_of(index)
+    for name, (library, kind) in named.items():
+        if name not in components and library is not None and kind is not None:
+            components[name] = _stock(root / name, library, kind)
     pipeline_class = getattr(diffusers, index["_class_name"])
     wanted = inspect.signature(pipeline_class.__init__).parameters
-    plain = {name: value for name, value in index.items() if not isinstance(value, list) and not name.startswith("_")}
+    plain = {name: value for name, value in index.items() if name not in named and not name.startswith("_")}
     arguments = {name: value for name, value in (plain | components).items() if name in wanted}
-    absent = {name: None for name, value in index.items() if isinstance(value, list) and name not in components}
+    absent = {name: None for name in named if name not in components}
     with quiet_loading():
         pipeline = pipeline_class(**absent, **arguments)
     pipeline.providers = {name: next(iter(sessions.values())).provider for name, (sessions, _, _) in parts.items()}
@@ -141,6 +142,8 @@ def _engines(root: Path, parts: dict[str, Any], manifest: dict[str, Any], policy
                     setattr(denoiser, name, value)
             told = manifest.get("timesteps")
             denoiser.timesteps = None if told is None else tuple(told)
+            taken = manifest.get("arguments")
+            denoiser.taken = None if taken is None else frozenset(taken)
             open_door(denoiser, settings.get("_class_name", ""))
             found[part["attribute"]] = denoiser
         elif part["role"] == "text":
@@ -157,11 +160,13 @@ def _engines(root: Path, parts: dict[str, Any], manifest: dict[str, Any], policy
 
 def _stock(folder: Path, library: str, name: str) -> Any:
     """A scheduler, tokenizer or other small part, from diffusers or transformers only."""
-    if library not in ("diffusers", "transformers"):
-        raise ArtifactError(f"{folder} is of {library}.{name}; allowed: diffusers and transformers")
+    try:
+        kind: Any = stock_class(library, name)
+    except CheckpointError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
     _there(folder)
     with quiet_loading():
-        return getattr(importlib.import_module(library), name).from_pretrained(str(folder))
+        return kind.from_pretrained(str(folder))
 
 
 def _there(path: Path) -> Path:

@@ -69,10 +69,11 @@ class EngineModule(nn.Module):
 class EngineDenoiser(EngineModule):
     """A transformer or U-Net. ``parameters`` are the argument names of the original's forward, in order.
 
-    ``timesteps`` are all that the engine knows; None for any.
+    ``timesteps`` are all that the engine knows, ``taken`` the arguments that it was made with; None for any.
     """
 
     timesteps: tuple[float, ...] | None = None
+    taken: frozenset[str] | None = None
 
     def __init__(self, session: Session, config: dict[str, Any], parameters: list[str]) -> None:
         super().__init__(session, config)
@@ -86,6 +87,11 @@ class EngineDenoiser(EngineModule):
         arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
         if self.timesteps is not None:
             check_timesteps(arguments[TIMESTEP], self.timesteps)
+        if self.taken is not None and (unknown := sorted(_unknown(arguments, self.taken))):
+            raise EngineError(
+                f"the engine was made without {', '.join(unknown)}, which the pipeline gave; allowed: pipelines and "
+                "settings that call the denoiser as in the export"
+            )
         sample = self.run(arguments)["out_sample"]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -93,6 +99,17 @@ class EngineDenoiser(EngineModule):
     def cache_context(self, name: str) -> Iterator[None]:
         """Pipelines of the Flux family mark their guidance branches with it."""
         yield
+
+
+def _unknown(arguments: dict[str, Any], taken: frozenset[str]) -> Iterator[str]:
+    """Arguments, or entries of dictionaries, that say something and are none of ``taken``."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) and not value:
+            continue  # None, false or empty
+        if name not in taken:
+            yield name
+        elif isinstance(value, dict):
+            yield from (key for key, entry in value.items() if entry is not None and key not in taken)
 
 
 def check_timesteps(told: Tensor | float, known: tuple[float, ...]) -> None:

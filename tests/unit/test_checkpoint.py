@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from diffpress.checkpoint import fetch, verify
+from diffpress.checkpoint import components, fetch, is_stock, stock_class, verify
 from diffpress.errors import CheckpointError
 
 INDEX = {
@@ -39,6 +39,22 @@ def write_index(root, index):
 def test_whole_checkpoint_is_let_through(folder):
     assert verify(folder) == INDEX
     assert fetch(str(folder)) == folder
+
+
+def test_parts_of_pipelines_of_diffusers_are_stock():
+    """Stable Diffusion 1's safety checker lies in a pipeline's own module."""
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": [None, None],
+        "text_encoder_select_layers": [2, 5],
+        "empty": [],
+    }
+    assert list(components(index)) == ["safety_checker", "feature_extractor"]
+    assert stock_class(*index["safety_checker"]).__name__ == "StableDiffusionSafetyChecker"
+    assert not any(map(is_stock, ("os", "my_module", "stable_diffusion.safety_checker", "..os", "")))
+    with pytest.raises(CheckpointError, match=r"stable_diffusion\.NoSuch is no class of diffusers"):
+        stock_class("stable_diffusion", "NoSuch")
 
 
 def test_missing_folder_names_what_is_allowed(tmp_path):

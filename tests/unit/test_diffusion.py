@@ -209,6 +209,18 @@ def test_unknown_forward_process_is_refused():
         read_schedule(EDMEulerScheduler())
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "setting"),
+    [
+        (EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous"), "timestep_type"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
+    ],
+)
+def test_time_in_another_unit_is_refused(scheduler, setting):
+    with pytest.raises(CheckpointError, match=f"has {setting} .*mean something else"):
+        read_schedule(scheduler)
+
+
 def test_unknown_prediction_is_refused():
     scheduler = DDPMScheduler()
     scheduler.register_to_config(prediction_type="score")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,26 @@ def test_latents_are_what_the_stock_pipeline_decodes(sd, plan):
         output_type="latent",
     ).images
     np.testing.assert_allclose(samples.latents, stock / sd.pipeline.vae.config.scaling_factor, rtol=1e-5)
+
+
+def test_the_scheduler_of_a_plan_is_that_of_its_run_alone(sd, plan):
+    run = {"conditions": ["a cat"], "seeds": [0]}
+    own, kind = sd.sample(**run, plan=plan).latents, type(sd.pipeline.scheduler)
+    other = replace(plan, scheduler="DDIMScheduler")
+    assert not np.array_equal(sd.sample(**run, plan=other).latents, own)
+    assert type(sd.pipeline.scheduler) is kind
+    trajectory(sd, ["a cat"], seeds=[0], plan=other)
+    assert type(sd.pipeline.scheduler) is kind
+    assert np.array_equal(sd.sample(**run, plan=plan).latents, own)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "match"), [("sd3", 17, "refuses it: .*divisible"), ("flux", 18, "draws 16 x 16")]
+)
+def test_sizes_that_a_pipeline_does_not_draw(family, size, match):
+    plan = SamplingPlan(steps=1, height=size, width=size)
+    with pytest.raises(ConfigError, match=f"{size} x {size} pixels: .*{match}"):
+        Generator(make(family)).sample(["x"], seeds=[0], plan=plan)
 
 
 def test_one_seed_for_each_condition(dit, plan):

@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from families import make
 from oracle import Oracle
 from tiny import make_flux, make_scheduler
 
@@ -31,6 +32,34 @@ OWN = [
     *(("FlowMatchEulerDiscreteScheduler", {"shift": shift}) for shift in (1.0, 3.0)),
 ]
 GRID = (999, 700, 640, 90)
+
+
+@pytest.mark.parametrize("name", LOG_SNR)
+def test_a_flow_stays_a_flow(name):
+    """With many steps the same latents; a solver that took its output for noise would end elsewhere."""
+    own = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    other = switch_scheduler(own, getattr(diffusers, name))
+    assert other.config.prediction_type == "flow_prediction"
+    assert other.config.flow_shift == 3.0
+    assert switch_scheduler(other, diffusers.FlowMatchEulerDiscreteScheduler).config.shift == 3.0
+    generator = Generator(make("sd3"))
+    plans = [SamplingPlan(steps=40, guidance_scale=1.0, height=16, width=16, scheduler=kind) for kind in (None, name)]
+    first, second = (generator.sample(["x"], seeds=[0], plan=plan).latents for plan in plans)
+    assert np.linalg.norm(first - second) < 0.1 * np.linalg.norm(first)
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "lost"),
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "DDIMScheduler", "use_flow_sigmas"),
+        (diffusers.DPMSolverMultistepScheduler(), "FlowMatchEulerDiscreteScheduler", "prediction_type"),
+        (diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "PNDMScheduler", "rescale_betas_zero_snr"),
+    ],
+)
+def test_schedulers_of_another_forward_process_are_refused(own, name, lost):
+    with pytest.raises(ConfigError, match=f"{name} does not know .*{lost}.* of this generator's"):
+        switch_scheduler(own, getattr(diffusers, name))
+    assert type(switch_scheduler(own, type(own))) is type(own)
 
 
 @pytest.mark.parametrize(("name", "settings"), OWN)

@@ -170,6 +170,21 @@ def test_the_same_denoiser_gives_the_same_bytes(dit_built, plan, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_an_engine_was_made_without_is_refused(sd_built, plan):
+    """A ControlNet's residuals, or a LoRA's scale, would have no effect."""
+    pipeline = load(sd_built[1].folder)
+    draw = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "np"}
+    pipeline(**draw, cross_attention_kwargs={})
+    with pytest.raises(EngineError, match="made without cross_attention_kwargs, which the pipeline gave"):
+        pipeline(**draw, cross_attention_kwargs={"scale": 0.5})
+    calls = Generator(pipeline).record(["a cat"], seeds=[0], plan=plan, limit=1)[0].inputs
+    with pytest.raises(EngineError, match="made without mid_block_additional_residual"):
+        pipeline.unet(**calls, mid_block_additional_residual=torch.zeros(1))
+    with pytest.raises(EngineError, match="made without added_cond_kwargs"):
+        pipeline.unet(**calls | {"added_cond_kwargs": {"image_embeds": torch.zeros(1)}})
+
+
+@pytest.mark.slow
 def test_image_to_image_on_engines(sd_built, plan, relative):
     generator, built = sd_built
     drawn = generator.sample(["a cat"], seeds=[9], plan=plan).images[0]
