@@ -70,7 +70,7 @@ class CheckResult:
             return f"Worse than the baseline: {', '.join(by['fail'])}"
         if self.outcome == "undecided":
             return f"Not decided, more samples or rounds are needed: {', '.join(by['undecided'])}"
-        return "No worse than the baseline, in quality and latency"
+        return f"No worse than the baseline: {', '.join(item.name for item in self.findings)}"
 
     def require(self, *, strict: bool = False) -> None:
         """Raise `RegressionError` for a failure, and with ``strict`` for an undecided outcome too."""

@@ -21,6 +21,7 @@ from diffpress.eval.statistics import (
     LEVEL,
     Estimate,
     interval,
+    level_of,
     mean_interval,
     median_ratio_interval,
     paired_difference,
@@ -123,10 +124,13 @@ def write_timings(rows: Sequence[Latency], file: Path) -> None:
 
 
 def median_interval(values: Sequence[float], *, unit: str, level: float = LEVEL) -> Estimate:
-    """Median with the interval of the sign test (no assumption on the distribution); the range for very few values."""
+    """Median with the interval of the sign test (no assumption on the distribution).
+
+    The range, at its own level, for very few values; at least two.
+    """
     found: Any = scipy.stats.quantile_test(values, p=0.5).confidence_interval(level)
     low = min(values) if math.isnan(found.low) else found.low
     high = max(values) if math.isnan(found.high) else found.high
     middle = float(np.median(values))
-    n, method = len(values), "order statistics"
+    n, method, level = len(values), "order statistics", level_of(len(values), level)
     return Estimate(value=middle, low=float(low), high=float(high), level=level, n=n, unit=unit, method=method)

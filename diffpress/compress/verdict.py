@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from diffpress.compress.report import Finding, Latency, Metric, PairedMetric, Verdict
-from diffpress.eval.gate import decide
+from diffpress.eval.gate import SMALLEST_LEVEL, decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -105,13 +105,15 @@ def rounded(value: float, estimate: Estimate) -> str:
 
 def _criterion(name: str, found: Estimate | None, limit: float, phrase: str | None, *, strict: bool) -> Finding:
     at_least = name == "speedup"
-    allowed = f"{'at least' if at_least else 'at most'} {number(limit)}{'' if name == 'latent_error' else 'x'} is asked"
+    allowed = f"{'at least' if at_least else 'at most'} {limit:g}{'' if name == 'latent_error' else 'x'} is asked"
     if found is None or phrase is None:
         outcome: Outcome = "fail" if strict else "undecided"
         return Finding(name=name, outcome=outcome, sentence=f"not measured; {allowed}", found=None, limit=limit)
     outcome = decide(found, limit, direction="higher" if at_least else "lower")
     sentence = f"{phrase[0].upper()}{phrase[1:]}; {allowed}"
     if outcome == "undecided":
-        sentence += ", which lies inside the interval: more samples or rounds would decide"
+        ends = f"which lies inside the interval, {found.low:.4g} to {found.high:.4g}"
+        few = f"but {found.n} rounds are too few for an interval of {SMALLEST_LEVEL:.0%}"
+        sentence += f", {few if found.level < SMALLEST_LEVEL else ends}: more samples or rounds would decide"
         outcome = "fail" if strict else outcome
     return Finding(name=name, outcome=outcome, sentence=sentence, found=found, limit=limit)

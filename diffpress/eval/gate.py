@@ -68,12 +68,12 @@ class JointVerdict:
 def decide(estimate: Estimate, limit: float, *, direction: Direction = "lower") -> Outcome:
     """Pass where the interval's worse end keeps the limit, fail where its better end breaks it, else undecided.
 
-    At one-sided 95 % where the interval is two-sided 90 %; a wider interval is stricter. ``limit`` is in the estimate's
-    unit. Raises `ConfigError` for an interval narrower than two-sided 90 %.
+    At one-sided 95 % where the interval is two-sided 90 %; a wider interval is stricter, and one of a lower level, as
+    of fewer than five rounds, decides nothing. ``limit`` is in the estimate's unit.
     Source: non-inferiority by confidence interval, Schuirmann 1987.
     """
     if estimate.level < SMALLEST_LEVEL:
-        raise ConfigError(f"the interval's level is {estimate.level}; a gate needs {SMALLEST_LEVEL} or more")
+        return "undecided"
     worse, better = (estimate.high, estimate.low) if direction == "lower" else (-estimate.low, -estimate.high)
     bound = limit if direction == "lower" else -limit
     if worse <= bound:
@@ -82,7 +82,7 @@ def decide(estimate: Estimate, limit: float, *, direction: Direction = "lower") 
 
 
 def judge(criterion: Criterion, estimate: Estimate) -> Verdict:
-    """Compare one figure with its criterion. Raises `ConfigError` (see `decide`)."""
+    """Compare one figure with its criterion (see `decide`)."""
     outcome = decide(estimate, criterion.limit, direction=criterion.direction)
     unit = "" if estimate.unit == "1" else f" {estimate.unit}"
     allowed = "at most" if criterion.direction == "lower" else "at least"

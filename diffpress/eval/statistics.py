@@ -46,8 +46,8 @@ class Estimate:
     """Lower end of the interval."""
     high: float
     """Upper end of the interval."""
-    level: Annotated[float, Field(gt=0, lt=1)]
-    """Two-sided level of the interval."""
+    level: Annotated[float, Field(ge=0, lt=1)]
+    """Two-sided level of the interval; 0 of a single value."""
     n: Annotated[int, Field(ge=1)]
     """Samples behind the figure."""
     unit: str
@@ -89,7 +89,8 @@ def median_ratio_interval(
 ) -> Estimate:
     """median(a) / median(b), with a percentile bootstrap that draws whole rounds (a_i, b_i).
 
-    Both ``[n]``, positive, n ≥ 2, measured in interleaved rounds: a disturbance that hits a round hits both.
+    Both ``[n]``, positive, n ≥ 2, measured in interleaved rounds: a disturbance that hits a round hits both. The level
+    is that of `level_of` where n is small.
     Raises `ConfigError` for unequal lengths, too few, non-finite or non-positive values, or a bad level.
     """
     above, below = _column(numerator), _column(denominator)
@@ -103,7 +104,12 @@ def median_ratio_interval(
     )
     low, high = _percentiles(replicates, level)
     method = f"percentile bootstrap of paired rounds, {RESAMPLES} resamples"
-    return _estimate(ratio, low, high, level=level, n=len(above), unit=unit, method=method)
+    return _estimate(ratio, low, high, level=level_of(len(above), level), n=len(above), unit=unit, method=method)
+
+
+def level_of(n: int, level: float = LEVEL) -> float:
+    """``level``, or 1 - 2^(1 - n) where that is less: how often the range of n values holds the median."""
+    return min(level, 1 - 2.0 ** (1 - n))
 
 
 def _column(values: ArrayLike) -> Matrix:

@@ -113,6 +113,16 @@ def test_another_reference_is_not_comparable(artifact):
         check(new, old)
 
 
+def test_the_verdict_names_what_was_compared(artifact):
+    whole = check(artifact("new", fabricate()), artifact("old", fabricate()))
+    assert whole.sentence.startswith("No worse than the baseline: ")
+    assert "latency" in whole.sentence
+    untimed = [dataclasses.replace(fabricate(), latency=()) for _ in range(2)]
+    quality = check(artifact("untimed", untimed[0]), artifact("untimed old", untimed[1]))
+    assert "Fréchet distance" in quality.sentence
+    assert "latency" not in quality.sentence
+
+
 def test_seeds_of_a_training_are_no_difference(artifact):
     report = fabricate()
     trained = changed(report, "provenance", seeds={**report.provenance.seeds, "training": 10_000_000})

@@ -148,6 +148,25 @@ def test_a_gate_on_what_was_not_measured_does_not_pass(report):
     assert worst([]) == "not gated"
 
 
+def test_no_rounding_hides_a_limit():
+    gate = load_recipe({**RECIPE, "gate": {"frechet_ratio": 1.005}}, methods={}).gate
+    made = fabricate()
+    (finding,) = judge(gate, quality=made.quality, paired=(), latency=()).criteria
+    assert "at most 1.005x is asked" in finding.sentence
+
+
+def test_few_rounds_say_so():
+    made = fabricate()
+    rows = [
+        dataclasses.replace(row, speedup=row.speedup and dataclasses.replace(row.speedup, level=0.75, n=3))
+        for row in made.latency
+    ]
+    gate = load_recipe({**RECIPE, "gate": {"speedup": 1.1}}, methods={}).gate
+    verdict = judge(gate, quality=(), paired=(), latency=rows)
+    assert verdict.outcome == "undecided"
+    assert "3 rounds are too few for an interval of 90%" in verdict.criteria[0].sentence
+
+
 def test_honest_phrases():
     assert speed_phrase(estimate(2.0, 0.1)).startswith("2.00x faster")
     assert speed_phrase(estimate(1.02, 0.05)).startswith("as fast as")

@@ -39,10 +39,26 @@ def test_decide(low, high, limit, direction, outcome):
     assert decide(estimate(low, high), limit, direction=direction) == outcome
 
 
-def test_an_interval_too_narrow_in_level_is_refused():
-    with pytest.raises(ConfigError, match=r"level is 0\.8"):
-        decide(estimate(0, 1, level=0.8), 1.0)
+def test_an_interval_of_a_low_level_decides_nothing():
+    assert decide(estimate(0, 1, level=0.8), 1.0) == "undecided"
+    assert decide(estimate(1.5, 2, level=0.8), 1.0) == "undecided"
     assert decide(estimate(0, 1, level=0.95), 1.0) == "pass"
+
+
+@pytest.mark.parametrize(("rounds", "decides"), [(3, False), (4, False), (5, True), (20, True)])
+def test_few_rounds_do_not_pass_by_chance(rounds, decides):
+    """A speed-up exactly at the limit passes in a twentieth of all cases at most, or never is decided."""
+    random = np.random.default_rng(0)
+    outcomes, held = [], 0
+    for _ in range(400):
+        eager, engine = random.lognormal(0, 0.1, (2, rounds))
+        found = median_ratio_interval(eager, engine, level=0.95)
+        held += found.low <= 1 <= found.high
+        outcomes.append(decide(found, 1.0, direction="higher"))
+    assert found.level == (0.95 if rounds > 5 else 1 - 2.0 ** (1 - rounds))
+    assert held / 400 > found.level - 0.07
+    assert (outcomes.count("undecided") == 400) == (not decides)
+    assert outcomes.count("pass") <= 0.07 * 400
 
 
 def test_a_verdict_says_what_was_judged():
