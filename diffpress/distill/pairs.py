@@ -140,7 +140,7 @@ class PairStore:
             ("train", self.settings.count, seed),
             ("held-out", self.settings.held_out, seed + _HELD_OUT_SEED),
         ):
-            shards = []  # a file is named by all that is in it, so that other counts are other files
+            shards = []  # files are named by the records in them, so that other sizes are other files
             for start in range(0, count, self.settings.shard):
                 end = min(start + self.settings.shard, count)
                 shards.append((f"{name}-{start:07d}-{end:07d}.safetensors", start, end - start))
