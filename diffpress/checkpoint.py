@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from diffpress.errors import CheckpointError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def fetch(source: str, *, revision: str | None = None) -> Path:
+def fetch(source: str, *, revision: str | None = None, variant: str | None = None) -> Path:
     """The folder of a checkpoint: ``source`` itself, or the local copy of a hub repository.
 
     Raises CheckpointError when there is no such folder and ``source`` is no hub id, or the hub cannot give it.
@@ -35,16 +36,16 @@ def fetch(source: str, *, revision: str | None = None) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(source, revision=revision, use_safetensors=True))
+        return Path(DiffusionPipeline.download(source, revision=revision, variant=variant, use_safetensors=True))
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"model {source!r} is no folder here, and the hub did not give it: {error}") from error
 
 
-def verify(folder: Path, *, trust_remote_code: bool = False) -> dict:
+def verify(folder: Path, *, variant: str | None = None, trust_remote_code: bool = False) -> dict:
     """Check a checkpoint folder before anything of it is loaded, and return its ``model_index.json``.
 
     Raises CheckpointError for a missing or broken index, components that ask for code of their own, components with
-    pickles only, and safetensors files that are cut off.
+    pickles only, safetensors files that are cut off, and weights of other variants alone.
     """
     index = _read_index(folder)
     parts = components(index)
@@ -59,6 +60,7 @@ def verify(folder: Path, *, trust_remote_code: bool = False) -> dict:
     for name, (library, _) in parts.items():
         if library is not None:
             _verify_component(folder / name)
+    _verify_variant([folder / name for name, (library, _) in parts.items() if library is not None], variant)
     return index
 
 
@@ -117,6 +119,26 @@ def _verify_component(folder: Path) -> None:
                 file.keys()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is cut off or corrupt: {error}") from error
+
+
+def _verify_variant(parts: list[Path], variant: str | None) -> None:
+    """Each part needs plain weights or those of ``variant``, as diffusers has it; one at least has the latter."""
+    found = {part: {_variant(path) for path in part.glob("*.safetensors")} for part in parts}
+    there = sorted({name for names in found.values() for name in names if name})
+    if variant is not None and variant not in there:
+        raise CheckpointError(
+            f"{parts[0].parent} has no weights of variant {variant!r}; "
+            f"there: {', '.join(there) or 'none'}, allowed: one of these, or no variant"
+        )
+    for part, names in found.items():
+        if names and not names & {None, variant}:
+            only = ", ".join(sorted(name for name in names if name))
+            raise CheckpointError(f"{part} has weights of variant {only} alone; allowed: variant: {only}")
+
+
+def _variant(weights: Path) -> str | None:
+    """What stands between a file's name and .safetensors, without the number of a shard; None for plain weights."""
+    return _SHARD.sub("", weights.name.removesuffix(".safetensors")).partition(".")[2] or None
 
 
 @contextmanager

@@ -90,21 +90,23 @@ class Generator:
         source: str | Path,
         *,
         revision: str | None = None,
+        variant: str | None = None,
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ) -> Generator:
-        """Load a folder or hub id in the diffusers layout, safetensors only.
+        """Load a folder or hub id in the diffusers layout, safetensors only; ``variant`` as in diffusers, as fp16.
 
         Raises CheckpointError when it is missing, truncated, holds pickles, asks for remote code that
         ``trust_remote_code`` does not allow, or is of an unknown family.
         """
-        folder = fetch(str(source), revision=revision)
-        verify(folder, trust_remote_code=trust_remote_code)
+        folder = fetch(str(source), revision=revision, variant=variant)
+        verify(folder, variant=variant, trust_remote_code=trust_remote_code)
         try:
             with quiet_loading():
                 pipeline = diffusers.DiffusionPipeline.from_pretrained(
                     str(folder),
                     dtype=dtype,
+                    variant=variant,
                     use_safetensors=True,
                     local_files_only=True,
                     trust_remote_code=trust_remote_code,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffpress import __version__
-from diffpress.compress.console import err, out, print_table
+from diffpress.compress.console import err, out, place_for, print_table
 from diffpress.errors import ConfigError, DiffpressError
 
 if TYPE_CHECKING:
@@ -27,15 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _state = {"quiet": False}
-
-
-def _place(file: Path | None) -> Path | None:
-    """A file to write: its folder is made before any work, and a folder in its place refused."""
-    if file is not None:
-        if file.is_dir():
-            raise ConfigError(f"{file} is a folder; allowed: a file")
-        file.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return file
 
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")]
@@ -206,6 +197,7 @@ def generate(
         float | None,
         typer.Option(min=0, help="Classifier-free guidance; 1: none.", show_default="likewise, or 3"),
     ] = None,
+    variant: Annotated[str | None, typer.Option(help="Which weights of a model that has several, as fp16.")] = None,
 ) -> None:
     """Make pictures with an engine or with an original model. Existing pictures are not overwritten.
 
@@ -218,7 +210,7 @@ def generate(
     from diffpress.compress.pictures import generate_pictures
 
     seeds = range(seed, seed + count)
-    options = {"prompts": prompt, "steps": steps, "guidance_scale": guidance_scale}
+    options = {"prompts": prompt, "steps": steps, "guidance_scale": guidance_scale, "variant": variant}
     files = generate_pictures(source, output, seeds, **options, progress=_progress())  # type: ignore[arg-type]
     for file in files:
         typer.echo(str(file))
@@ -243,7 +235,7 @@ def benchmark(
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved timing rounds.")] = 20,
     beside: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="More runs, or engines, to time.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", callback=_place, help="Write every timing.")
+        Path | None, typer.Option("--json", metavar="FILE", callback=place_for, help="Write every timing.")
     ] = None,
 ) -> None:
     """Time the engine in DIR beside stock diffusers and other engines, in turns. The report is left alone.
@@ -273,7 +265,7 @@ def profile(
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for profile.json and profile.svg.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", callback=_place, help="Write the JSON alone.")
+        Path | None, typer.Option("--json", metavar="FILE", callback=place_for, help="Write the JSON alone.")
     ] = None,
 ) -> None:
     """Show where the time of the engine in DIR goes: by part, by layer and by kind of work.
@@ -309,10 +301,10 @@ def check(
         ),
     ] = None,
     junit: Annotated[
-        Path | None, typer.Option("--junit", metavar="FILE", callback=_place, help="Write JUnit XML.")
+        Path | None, typer.Option("--junit", metavar="FILE", callback=place_for, help="Write JUnit XML.")
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", callback=_place, help="Write a summary.")
+        Path | None, typer.Option("--markdown", metavar="FILE", callback=place_for, help="Write a summary.")
     ] = None,
 ) -> None:
     """Is DIR no worse than a baseline, in quality and latency?

@@ -1,13 +1,16 @@
-"""Where the command line prints, and the form of its tables."""
+"""Where the command line prints and writes, and the form of its tables."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from diffpress.errors import ConfigError
 
 WIDE = 160  # columns of a file, a pipe or a log, which no window cuts off
 
@@ -31,3 +34,12 @@ def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> No
         table.add_row(*row)
     out.print(table)
     out.print()
+
+
+def place_for(file: Path | None) -> Path | None:
+    """A file to write: its folder is made before any work, and a folder in its place refused."""
+    if file is not None:
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder; allowed: a file")
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return file

@@ -28,19 +28,20 @@ def generate_pictures(
     seeds: Sequence[int],
     *,
     prompts: Sequence[str] | None,
+    variant: str | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     progress: Progress = SILENT,
 ) -> list[Path]:
     """Sample one picture for each seed into ``output`` and return the files, ``0007-red-apple.png``.
 
-    ``source`` is an artifact folder, or a model that `Generator.load` takes. ``prompts`` (or classes; None: the
-    generator's own) are used in turn. None for ``steps`` and ``guidance_scale`` is what an engine was made for, or
-    else 20 and 3. Raises `ConfigError` where a file exists already.
+    ``source`` is an artifact folder, or a model that `Generator.load` takes, in that ``variant``. ``prompts`` (or
+    classes; None: the generator's own) are used in turn. None for ``steps`` and ``guidance_scale`` is what an engine
+    was made for, or else 20 and 3. Raises `ConfigError` where a file exists already.
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; allowed: a folder")
-    generator = open_generator(source)
+    generator = open_generator(source, variant)
     conditions = generator.conditions(len(seeds), prompts)
     files = [output / f"{seed:04d}-{_slug(str(item))}.png" for seed, item in zip(seeds, conditions, strict=True)]
     taken = [str(file) for file in files if file.exists()]
@@ -56,11 +57,11 @@ def generate_pictures(
     return files
 
 
-def open_generator(source: str) -> Generator:
-    """The generator of an artifact folder or an engine; else the model called ``source``."""
+def open_generator(source: str, variant: str | None = None) -> Generator:
+    """The generator of an artifact folder or an engine; else the model called ``source``, in that variant."""
     folder = Path(source)
     built = (folder / "engine").is_dir() or (folder / MANIFEST).is_file()
-    return Generator(load(folder)) if built else Generator.load(source)
+    return Generator(load(folder)) if built else Generator.load(source, variant=variant)
 
 
 def _slug(text: str) -> str:

@@ -138,6 +138,8 @@ class Recipe:
     """A diffusers folder or hub id. Relative folders are looked for in the working directory, beside the recipe, and in the source checkout."""  # noqa: E501
     revision: str | None = None
     """Branch, tag or commit of a hub model; null: the default branch."""
+    variant: str | None = None
+    """Which weights where a model has several, as fp16 for model.fp16.safetensors; null: the plain ones."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of every random number in the run."""
     calibration: Calibration = Calibration()

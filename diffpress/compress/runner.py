@@ -58,7 +58,7 @@ class Run:
         self.original = load_original(recipe)
         assert self.original.source is not None
         self.source = self.original.source
-        self.model_hash = _model_hash(self.source)
+        self.model_hash = _model_hash(self.source, recipe.variant)
         self.target = find_target(recipe.export.target, dot_products=recipe.export.dot_products)
         self.stages: list[tuple[str, Stage]] = [
             (spec.method, METHODS[spec.method](spec.config)) for spec in recipe.stages
@@ -336,7 +336,7 @@ def _reopen(directory: Path, progress: Progress) -> Iterator[Run]:
 def load_original(recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Generator:
     """The recipe's model."""
     found = find_path(recipe.model)
-    return Generator.load(found or recipe.model, revision=recipe.revision, dtype=dtype)
+    return Generator.load(found or recipe.model, revision=recipe.revision, variant=recipe.variant, dtype=dtype)
 
 
 def _timed(config: Any) -> bool:
@@ -344,10 +344,10 @@ def _timed(config: Any) -> bool:
     return getattr(config, "latency", None) is not None or getattr(config, "budget", None) is not None
 
 
-def _model_hash(folder: Path) -> str:
-    """Of the index and the parts; cards, scores and pictures beside them may change."""
+def _model_hash(folder: Path, variant: str | None) -> str:
+    """Of the index, the parts and a named variant; cards, scores and pictures beside them may change."""
     parts = [path for path in sorted(folder.iterdir()) if path.is_dir() or path.name == "model_index.json"]
-    return fingerprint(*(folder_hash(path, suffixes=MODEL_FILES) for path in parts))
+    return fingerprint(*(folder_hash(path, suffixes=MODEL_FILES) for path in parts), *filter(None, [variant]))
 
 
 def _needed(recipe: Recipe) -> int:

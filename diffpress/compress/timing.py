@@ -148,7 +148,8 @@ def memory_of(sources: dict[str, Path], recipe: Recipe, progress: Progress) -> d
 def one_picture(source: Path, recipe: Recipe, threads: int) -> float:
     """Peak of this process's resident memory, MiB, once ``source`` is loaded and has drawn one batch."""
     torch.set_num_threads(threads)
-    generator = Generator(load(source)) if (source / "diffpress.json").is_file() else Generator.load(source)
+    built = (source / "diffpress.json").is_file()
+    generator = Generator(load(source)) if built else Generator.load(source, variant=recipe.variant)
     batch, plan = timed_batch(recipe), generator.plan_for(plan_of(recipe))
     conditions = conditions_of(recipe, generator, batch)
     return peak_memory(

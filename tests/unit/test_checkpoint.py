@@ -162,3 +162,17 @@ def test_code_of_its_own_is_refused_unless_trusted(folder, plant, named):
     with pytest.raises(CheckpointError, match=rf"{named} would run code.*trust_remote_code"):
         verify(folder)
     assert verify(folder, trust_remote_code=True)["scheduler"] == INDEX["scheduler"]
+
+
+def test_weights_of_a_variant(folder):
+    part = folder / "transformer"
+    (part / "model.safetensors").rename(part / "model.fp16-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"transformer has weights of variant fp16 alone; allowed: variant: fp16"):
+        verify(folder)
+    with pytest.raises(CheckpointError, match=r"no weights of variant 'bf16'; there: fp16"):
+        verify(folder, variant="bf16")
+    assert verify(folder, variant="fp16")
+    save_file({"weight": np.arange(64, dtype=np.float32)}, part / "model-00001-of-00002.safetensors")
+    assert verify(folder)
+    with pytest.raises(CheckpointError, match="no weights of variant 'bf16'"):
+        verify(folder, variant="bf16")

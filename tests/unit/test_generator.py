@@ -57,6 +57,20 @@ def test_load_refuses_weights_that_do_not_fit_their_config(broken):
     assert "more lines" in str(caught.value)
 
 
+def test_load_takes_the_variant_that_is_named(broken):
+    """In halves, and in parts that have no such weights the plain ones."""
+    plain = Generator.load(broken)
+    weight = next(iter(plain.denoiser.state_dict()))
+    plain.denoiser.half().save_pretrained(broken / "transformer", variant="fp16")
+    halved = Generator.load(broken, variant="fp16").denoiser.state_dict()[weight]
+    whole = Generator.load(broken).denoiser.state_dict()[weight]
+    assert torch.equal(halved, whole.half().float())
+    assert not torch.equal(halved, whole)
+    (broken / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="variant fp16 alone"):
+        Generator.load(broken)
+
+
 def test_load_takes_no_weights_for_lost_ones(broken):
     (broken / "transformer/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError):

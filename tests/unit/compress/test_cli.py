@@ -244,7 +244,7 @@ class _Generator:
 
 
 def test_generate_names_pictures_and_overwrites_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(pictures, "open_generator", lambda source: _Generator())
+    monkeypatch.setattr(pictures, "open_generator", lambda source, variant: _Generator())
     options = {"prompts": ["Red apple!", "7"], "steps": 1}
     files = pictures.generate_pictures("x", tmp_path / "out", range(5, 8), **options)
     assert [file.name for file in files] == ["0005-red-apple.png", "0006-7.png", "0007-red-apple.png"]
@@ -267,7 +267,7 @@ def test_generate_names_pictures_and_overwrites_none(monkeypatch, tmp_path):
 def test_generate_takes_the_steps_that_an_engine_was_distilled_for(monkeypatch, tmp_path, own, given, used):
     generator = _Generator()
     generator.plan = own
-    monkeypatch.setattr(pictures, "open_generator", lambda source: generator)
+    monkeypatch.setattr(pictures, "open_generator", lambda source, variant: generator)
     pictures.generate_pictures("x", tmp_path, range(1), prompts=None, **given)
     assert (generator.used.steps, generator.used.guidance_scale) == used
 
