@@ -5,6 +5,7 @@ Time and velocity have one sense here, from sample to noise; networks of the oth
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -206,10 +207,11 @@ class Trajectory:
 
 
 def check_solver(generator: Generator, name: str | None = None) -> None:
-    """Raises ConfigError unless the scheduler is deterministic and calls the network once in a step."""
-    scheduler = generator.pipeline.scheduler
-    name = name or type(scheduler).__name__
-    stochastic = scheduler.config.get("stochastic_sampling") or "sde" in scheduler.config.get("algorithm_type", "")
+    """Raises ConfigError unless the scheduler, or that of class ``name``, is deterministic and calls once in a step."""
+    scheduler = generator.scheduler_of(name)
+    name, taken = type(scheduler).__name__, inspect.signature(type(scheduler).__init__).parameters
+    settings = {key: value for key, value in scheduler.config.items() if key in taken}
+    stochastic = settings.get("stochastic_sampling") or "sde" in settings.get("algorithm_type", "")
     if name not in _FIRST_ORDER_CALLS or stochastic:
         what = f"{name} with noise" if stochastic else name
         raise ConfigError(

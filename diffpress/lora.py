@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import nn
 
 from diffpress.errors import MissingDependencyError
 
 
+def require_adapters(setting: str) -> None:
+    """Raises MissingDependencyError, with the ``setting`` that asks for adapters, where peft is not installed."""
+    if find_spec("peft") is None:
+        raise MissingDependencyError("peft", "lora", f"{setting} (without adapters: null)")
+
+
 def add_adapters(network: nn.Module, rank: int, *, seed: int) -> None:
     """Freeze ``network`` and give each Linear layer W x the sum W x + B A x, A [rank, in] random, B [out, rank] zero.
 
-    The output is the same as before. Raises MissingDependencyError without peft.
+    The output is the same as before. Needs peft (see `require_adapters`).
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise MissingDependencyError("peft", "lora", "training.rank") from error
+    from peft import LoraConfig, inject_adapter_in_model
+
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):

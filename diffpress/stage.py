@@ -21,6 +21,9 @@ class Context:
     conditions: Sequence[Any]
     seeds: Sequence[int]
     plan: SamplingPlan
+    """Of the calibration runs."""
+    final: SamplingPlan | None = None
+    """Of the engine's runs; None: as ``plan``."""
     batch_size: int = 8
     progress: Progress = field(default=SILENT)
     pool: Sequence[Any] | None = None

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from diffpress import processes
 from diffpress.config import config
 from diffpress.errors import ArtifactError, ConfigError, TrainingError
-from diffpress.lora import add_adapters, merge_adapters
+from diffpress.lora import add_adapters, merge_adapters, require_adapters
 from diffpress.progress import Progress
 from diffpress.traceable import unread
 
@@ -137,6 +137,16 @@ def rate_of(step: int, settings: TrainingSettings) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def check_training(settings: TrainingSettings) -> None:
+    """Raises MissingDependencyError for adapters without peft, ConfigError for a batch that processes cannot share."""
+    if settings.rank is not None:
+        require_adapters("training.rank")
+    if settings.batch_size % processes.count():
+        raise ConfigError(
+            f"training.batch_size {settings.batch_size} is not a multiple of the {processes.count()} processes"
+        )
+
+
 class _Run:
     """The network with its optimizer and averages, and how far it is."""
 
@@ -144,11 +154,6 @@ class _Run:
         self.settings, self.key = settings, key
         self.accelerator = Accelerator(mixed_precision="no", cpu=processes.without_gpu())
         assert self.accelerator.num_processes == processes.count()
-        if settings.batch_size % self.accelerator.num_processes:
-            raise ConfigError(
-                f"training.batch_size {settings.batch_size} is not a multiple of the {self.accelerator.num_processes} "
-                "processes"
-            )
         self.network = network.to(self.accelerator.device)
         self.target = None if target is None else target.to(self.accelerator.device)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -211,7 +216,7 @@ class _Run:
                     self.optimizer.state[parameter] = {"step": torch.tensor(float(facts["step"])), **state}
                 for index, tensor in enumerate(() if self.target is None else self.target.parameters()):
                     tensor.copy_(stored.get_tensor(f"target.{index}"))
-        except (SafetensorError, KeyError, OSError, RuntimeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}; delete it to begin anew") from error
         self.step = self.ema.optimization_step = facts["step"]
         self.fitted = Fitted(facts["losses"], facts["seconds"])
@@ -250,6 +255,7 @@ def fit(
     the average in the network. ``target``, a copy of the network and a decay, follows it as its own moving average.
     Raises TrainingError when the loss or a gradient is not finite; the last good checkpoint stays.
     """
+    check_training(settings)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CHECKPOINT
     if settings.rank is not None:

@@ -20,7 +20,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffpress.artifact import fingerprint
 from diffpress.config import config
 from diffpress.denoise import check_solver, denoise, trajectory
 from diffpress.diffusion import (
@@ -51,7 +50,7 @@ from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, patched
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
-from diffpress.training import Draw, TrainingSettings, fit
+from diffpress.training import Draw, TrainingSettings, check_training, fit
 
 HUBER = 1e-3  # RMS error of an element where the loss turns from squared to absolute; LCM's and PCM's
 _SIGMA_MAX = 80.0  # EDM's noisiest level, beyond which ECT's mapping takes every level for this one
@@ -70,7 +69,7 @@ class ConsistencyConfig:
     """Levels at which the student learns, evenly spaced in time; a multiple of phases."""
     skip: Annotated[int, Field(ge=1)] = 1
     """Levels in one step of the teacher; it stops at the edge of the phase."""
-    stages: Annotated[int, Field(ge=1, le=64)] | None = None
+    stages: Annotated[int, Field(ge=1, le=16)] | None = None
     """Stages in which the teacher's step shrinks by ECT's mapping instead; in the first it halves a high noise level
     and goes to the edge from a low one. Null: steps of `skip` levels."""
     target: Literal["edge", "x0"] = "edge"
@@ -229,6 +228,7 @@ class Consistency:
         schedule = generator.schedule
         check_solver(generator, self.config.pairs.scheduler)
         check_guidance(generator, self.config.pairs)
+        check_training(self.config.training)
         if self.config.renoises:
             self._check_renoising(generator, schedule)
 
@@ -268,7 +268,7 @@ class Consistency:
             ConsistencyLoss(train.states[:, -1], conditions, teacher, scale, levels, schedule, settings, average),
             settings.training,
             seed=context.train_seed,
-            key=fingerprint(dataclasses.asdict(settings)),
+            key=student.training_key(generator, settings, context),
             folder=work,
             progress=context.progress,
             preview=student.previews(generator, conditions.unique, work, plan),

@@ -16,7 +16,6 @@ from diffusers import UNet2DConditionModel
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffpress.artifact import fingerprint
 from diffpress.config import config
 from diffpress.denoise import check_solver, denoise
 from diffpress.diffusion import Schedule
@@ -32,12 +31,13 @@ from diffpress.distill.student import (
     previews,
     schedule_of,
     told_scale,
+    training_key,
 )
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, patched
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
-from diffpress.training import Draw, TrainingSettings, fit
+from diffpress.training import Draw, TrainingSettings, check_training, fit
 
 CHANNELS = 256  # of an embedded scale, as in latent consistency models
 
@@ -126,6 +126,7 @@ class Guidance:
         generator.schedule  # noqa: B018 - an unknown forward process is refused here
         check_solver(generator, self.config.pairs.scheduler)
         check_guidance(generator, self.config.pairs)
+        check_training(self.config.training)
         pipeline, denoiser = generator.pipeline, generator.denoiser
         if told := told_scale(denoiser):
             name = type(denoiser).__name__
@@ -157,14 +158,14 @@ class Guidance:
         before = held_out_error(generator, held_out, dataclasses.replace(plan, steps=fewer), batch_size=batch_size)
         teacher, solver = Teacher.of(generator, conditions, train, plan), generator.pipeline.scheduler
         generator.pipeline.scheduler = own
-        metadata = self._adopted(generator, context.plan, plan.guidance_scale)
+        metadata = self._adopted(generator, context.final or context.plan, plan.guidance_scale)
         embed = scale_embedding(generator) if settings.scales else None
         fitted = fit(
             generator.denoiser,
             GuidanceLoss(train.states[:, -1], teacher, plan.guidance_scale, schedule, settings.scales, embed),
             settings.training,
             seed=context.train_seed,
-            key=fingerprint(dataclasses.asdict(settings)),
+            key=training_key(generator, settings, context),
             folder=work,
             progress=context.progress,
             preview=previews(generator, conditions.unique, work, plan),
@@ -174,7 +175,8 @@ class Guidance:
             after = held_out_error(generator, held_out, student, batch_size=batch_size)
         facts, sentence = outcome(fitted, after, before, fewer)
         summary = (
-            f"guidance {plan.guidance_scale:g} in one call for each of {plan.steps} steps, {sentence} of two calls"
+            f"guidance {plan.guidance_scale:g} in one call for each of {metadata['plan']['steps']} steps, "
+            f"{sentence} of two calls"
         )
         return Applied(generator, metadata | facts, summary)
 

@@ -3,7 +3,7 @@
 One record is one condition, one seed, and the states at the edges of M phases: with M = 1 the classical pair of noise
 and sample (Liu et al. 2022, Rectified Flow), with M > 1 what phase-wise training needs (Wang et al. 2024, Rectified
 Diffusion). Records are written in shards, each whole or not at all; the noise of record i comes from seed i alone, so
-neither batch size nor the number of workers nor a killed run changes what is stored.
+neither batch size nor the number of workers nor a killed run changes what is stored, but for rounding.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ class PairStore:
         stored = self._stored_phases(phases)
         identity = self._identity(conditions, stored, seed)
         self._claim(identity, conditions, stored)
+        processes.wait_for_all()  # nothing is made anew before its old hash is gone
         parts = []
         for name, count, first in (
             ("train", self.settings.count, seed),
@@ -192,6 +193,10 @@ class PairStore:
                     f"{self.folder} holds the records of another run ({', '.join(wrong)} differ); "
                     "allowed: a new folder, or the same teacher and settings"
                 )
+            lost = [file for file in found.get("shards", {}) if not (self.folder / file).exists()]
+            if lost and processes.first():  # another batch size or machine rounds another way: they get new hashes
+                kept = {file: value for file, value in found["shards"].items() if file not in lost}
+                write_json(path, found | {"shards": kept})
         self.folder.mkdir(parents=True, exist_ok=True)
         size, free = self.size(conditions[0], phases), shutil.disk_usage(self.folder).free
         need = size - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
@@ -289,8 +294,8 @@ def _structure(network: torch.nn.Module) -> list[str]:
     found = []
     for name, module in network.named_modules():
         processor = getattr(module, "processor", None)
-        ours = type(processor).__module__.startswith("diffpress.")  # whose names say how they are set
-        what = repr(processor) if ours else type(processor).__name__
+        says = type(processor).__module__.startswith("diffpress.") and type(processor).__repr__ is not object.__repr__
+        what = repr(processor) if says else type(processor).__name__  # ours say how they are set, where they are
         found.append(f"{name} {type(module).__name__}({module.extra_repr()}) {what}")
     return found
 

@@ -19,7 +19,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffpress.artifact import fingerprint
 from diffpress.config import config
 from diffpress.denoise import check_solver, denoise
 from diffpress.diffusion import Schedule, pseudo_huber
@@ -33,13 +32,14 @@ from diffpress.distill.student import (
     noised,
     previews,
     schedule_of,
+    training_key,
 )
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, patched
 from diffpress.stage import Applied, Context
 from diffpress.structures import Structure, find_structures, masked
 from diffpress.targets import Target
-from diffpress.training import Draw, TrainingSettings, fit
+from diffpress.training import Draw, TrainingSettings, check_training, fit
 
 logger = logging.getLogger(__name__)
 
@@ -309,6 +309,7 @@ class Recover:
         generator.schedule  # noqa: B018 - an unknown forward process is refused here
         check_solver(generator, self.config.pairs.scheduler)
         check_guidance(generator, self.config.pairs)
+        check_training(self.config.training)
         if coded := [name for name, value in generator.denoiser.state_dict().items() if value.dtype in _CODES]:
             raise ConfigError(
                 f"{coded[0]} is quantized and cannot be trained; allowed: prune.recover before quantizing"
@@ -318,13 +319,13 @@ class Recover:
         """Raises ConfigError, ArtifactError, InfrastructureError or TrainingError; the run's folder keeps the work."""
         settings, work = self.config, context.work_folder()
         original = _original(generator, context)
+        structures, widths = _nested(generator, settings.training)
         plan, batch_size = solver_plan(settings.pairs, context.plan), settings.pairs.batch_size
         original.use_scheduler(context.plan.scheduler)
         train, held_out = collect(original, context, settings.pairs, settings.phase_count)
         conditions, schedule = Conditions.of(original, train, plan, told=True), schedule_of(original, train)
         teacher = original.denoiser.eval().requires_grad_(False)
         places = shared_blocks(generator.denoiser, teacher) if settings.features else []
-        structures, widths = _nested(generator, settings.training)
         call = _probe(generator, train, conditions)
 
         def errors() -> dict[str, float]:
@@ -343,7 +344,7 @@ class Recover:
                     dataclasses.replace(loss, structures=structures, widths=list(widths.values())),
                     settings.training,
                     seed=context.train_seed,
-                    key=fingerprint(dataclasses.asdict(settings)),
+                    key=training_key(generator, settings, context),
                     folder=work,
                     progress=context.progress,
                     preview=previews(generator, conditions.unique, work, plan),

@@ -19,7 +19,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from diffpress.artifact import fingerprint
 from diffpress.config import config
 from diffpress.denoise import check_solver, denoise, trajectory
 from diffpress.diffusion import (
@@ -51,11 +50,12 @@ from diffpress.distill.student import (
     previews,
     restore,
     schedule_of,
+    training_key,
 )
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
-from diffpress.training import Draw, Fitted, TrainingSettings, fit
+from diffpress.training import Draw, Fitted, TrainingSettings, check_training, fit
 
 logger = logging.getLogger(__name__)
 
@@ -268,6 +268,7 @@ class Reflow:
         generator.schedule  # noqa: B018 - an unknown forward process is refused here
         check_solver(generator, self.config.pairs.scheduler)
         check_guidance(generator, self.config.pairs)
+        check_training(self.config.training)
         if self.config.decoded:
             check_decoder(generator, self.config.pairs.scheduler)
 
@@ -315,7 +316,7 @@ class Reflow:
             loss,
             self.config.training,
             seed=context.train_seed,
-            key=fingerprint(dataclasses.asdict(self.config)),
+            key=training_key(generator, self.config, context),
             folder=work,
             progress=context.progress,
             preview=previews(generator, loss.conditions.unique, work, plan),

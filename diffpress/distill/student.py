@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from diffpress.artifact import fingerprint
 from diffpress.denoise import Conditioning, as_told, denoise, encode, equally_long, first_inputs, trajectory
 from diffpress.diffusion import Level, Schedule, ddim, flow_time, guide, level, rescale, straightness
-from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, edges_of
+from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, edges_of, weights_hash
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, switch_scheduler
 from diffpress.sampling import is_flow
@@ -27,6 +28,7 @@ from diffpress.training import Fitted
 _WHOLE_RANGE = {"timestep_spacing": "trailing", "final_sigmas_type": "zero", "set_alpha_to_one": True}
 _FIRST_ORDER = {"solver_order": 1, "algorithm_type": "dpmsolver++", "lower_order_final": True}
 _RENORMALIZED = ("Lumina2Pipeline", "QwenImagePipeline")
+_ENCODED = 64  # conditions that are encoded at once
 _OWN_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
@@ -103,6 +105,8 @@ def collect(generator: Generator, context: Context, settings: PairSettings, phas
     generator.pipeline.scheduler = trailing(generator.pipeline.scheduler, settings.scheduler)
     store = PairStore(folder, generator, settings, context.plan)
     _not_twice(generator, store.plan.guidance_scale)
+    first = Pairs(torch.empty(0), conditions[:2], [], ())
+    Conditions.of(generator, first, store.plan)  # what cannot be learned from is refused before hours of sampling
     return store.collect(conditions, phases, seed=context.train_seed, progress=context.progress)
 
 
@@ -123,19 +127,16 @@ class Conditions:
         guidance is told, which is 1 otherwise.
         """
         place = {condition: index for index, condition in enumerate(dict.fromkeys(pairs.conditions))}
-        conditional, unconditional = encode(generator, list(place), dataclasses.replace(plan, scheduler=None))
-        if told and unconditional is None:
-            inputs = first_inputs(generator, list(place), dataclasses.replace(plan, scheduler=None))
-            tensors = {name: inputs[name] for name in conditional.tensors}
-            conditional = dataclasses.replace(conditional, tensors=tensors)
-        if unconditional is not None:
-            conditional, unconditional = equally_long(generator.denoiser, [conditional, unconditional])
-            if _shapes(unconditional) != _shapes(conditional):
-                raise ConfigError(
-                    f"{type(generator.pipeline).__name__} gives its two guidance branches texts of different lengths "
-                    f"({_shapes(conditional)} and {_shapes(unconditional)}); allowed: a pipeline that pads them to "
-                    "one, or a network that takes a mask"
-                )
+        unique, plan = list(place), dataclasses.replace(plan, scheduler=None)
+        parts = [unique[start : start + _ENCODED] for start in range(0, len(unique), _ENCODED)]
+        branches = [_encoded(generator, part, plan, told=told) for part in parts]
+        conditional, unconditional = _joined(generator, branches)
+        if unconditional is not None and _shapes(unconditional) != _shapes(conditional):
+            raise ConfigError(
+                f"{type(generator.pipeline).__name__} gives its two guidance branches texts of different lengths "
+                f"({_shapes(conditional)} and {_shapes(unconditional)}); allowed: a pipeline that pads them to "
+                "one, or a network that takes a mask"
+            )
         index = torch.tensor([place[condition] for condition in pairs.conditions])
         return cls(list(place), index, conditional, unconditional)
 
@@ -152,6 +153,35 @@ class Conditions:
 
         other = self.unconditional.rows(self.index[rows])
         return dataclasses.replace(given, tensors=pytree.tree_map(pick, given.tensors, other.tensors))
+
+
+def _encoded(
+    generator: Generator, conditions: list[Any], plan: SamplingPlan, *, told: bool
+) -> tuple[Conditioning, Conditioning | None]:
+    """Both guidance branches of a few conditions; the first with the scale of ``plan``, if it is to be ``told``."""
+    conditional, unconditional = encode(generator, conditions, plan)
+    if told and unconditional is None:
+        inputs = first_inputs(generator, conditions, plan)
+        tensors = {name: inputs[name] for name in conditional.tensors}
+        conditional = dataclasses.replace(conditional, tensors=tensors)
+    return conditional, unconditional
+
+
+def _joined(
+    generator: Generator, branches: Sequence[tuple[Conditioning, Conditioning | None]]
+) -> tuple[Conditioning, Conditioning | None]:
+    """The rows of several conditionings, texts as long as the longest; prompts that are all empty guide nothing."""
+    two = any(free is not None for _, free in branches)
+    parts = [part for part, _ in branches] + [free or part for part, free in branches if two]
+    parts = equally_long(generator.denoiser, parts)
+
+    def join(*leaves: Any) -> Any:
+        return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+
+    def rows(some: Sequence[Conditioning]) -> Conditioning:
+        return dataclasses.replace(some[0], tensors=pytree.tree_map(join, *(part.tensors for part in some)))
+
+    return rows(parts[: len(branches)]), rows(parts[len(branches) :]) if two else None
 
 
 def _shapes(conditioning: Conditioning) -> list[tuple[int, ...]]:
@@ -279,6 +309,11 @@ def previews(
         Image.fromarray(np.concatenate(rows)).save(folder / f"preview-{step:06d}.png")
 
     return write
+
+
+def training_key(generator: Generator, settings: Any, context: Context) -> str:
+    """What a training is of: its settings, its draws, and the network before it."""
+    return fingerprint(dataclasses.asdict(settings), context.train_seed, weights_hash(generator.denoiser))
 
 
 def outcome(fitted: Fitted, student: Tensor, teacher: Tensor, steps: int) -> tuple[dict[str, Any], str]:

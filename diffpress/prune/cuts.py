@@ -38,7 +38,7 @@ def check_cut(network: nn.Module, *, keep_first: int | None, keep_last: int | No
             raise ConfigError(
                 f"prune.steps: keep_first and keep_last are for blocks, but {kind} is a U-Net; use branch"
             )
-        layers = len(_up_layers(network))
+        layers = len(_up_layers(network)) - (network.mid_block is None)  # something has to be left out
         if (branch or 0) >= layers:
             raise ConfigError(f"prune.steps: branch {branch} of {kind}, which has {layers} up layers; allowed: below")
         return

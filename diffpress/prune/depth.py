@@ -22,6 +22,7 @@ from diffpress.budget import Option, choose
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Call, Generator
+from diffpress.lora import require_adapters
 from diffpress.progress import Progress
 from diffpress.prune.gates import GateSettings, learn_gates
 from diffpress.prune.units import (
@@ -261,6 +262,8 @@ class Depth:
             )
         if self.config.latency is None:
             budget_of(network, units, self.config)
+        if self.config.criterion == "gates" and self.config.gates.rank is not None:
+            require_adapters("gates.rank")
 
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Raises ConfigError where the budget cannot be met, or latency is the budget and was not measured."""

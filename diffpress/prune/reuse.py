@@ -42,10 +42,18 @@ class Runs:
             (conditions[start : start + context.batch_size], seeds[start : start + context.batch_size])
             for start in range(0, len(conditions), context.batch_size)
         ]
-        with _times(generator.denoiser) as times:
-            self.finals = [final_latents(generator, *batch, self.plan) for batch in self.batches]
-        branch = next(iter(times.values()))
-        self.timesteps = tuple(branch[: len(branch) // len(self.batches)])
+        self.finals, told = [], []
+        for batch in self.batches:
+            with _times(generator.denoiser) as times:
+                self.finals.append(final_latents(generator, *batch, self.plan))
+            told.append(tuple(next(iter(times.values()))))
+        self.timesteps = told[0]
+        for (conditions, _), timesteps in zip(self.batches, told, strict=True):
+            if timesteps != self.timesteps:
+                raise ConfigError(
+                    f"prune.steps: the guidance branches of {conditions} cannot be told apart, as of a prompt that is "
+                    "the negative one; allowed: other calibration prompts"
+                )
 
     def features(self, policy: CachePolicy) -> Iterator[list[Tensor]]:
         """What the policy keeps in every step, flat, all steps computed: of each batch and guidance branch."""

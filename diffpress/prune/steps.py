@@ -94,6 +94,7 @@ class Steps:
 
     def apply(self, generator: Generator, context: Context) -> Applied:
         config = self.config
+        self._check_steps(context.plan.steps)
         cut = find_cut(
             generator,
             context.conditions,
@@ -123,6 +124,16 @@ class Steps:
             logger.warning("prune.steps: %s", summary)
         return Applied(generator, _facts(tried, generator.cache, count), summary)
 
+    def _check_steps(self, count: int) -> None:
+        """Of a run, or calls where a solver makes more of them."""
+        if count < 2:
+            raise ConfigError(f"prune.steps: a run of {count} step has nothing to use again; allowed: 2 and more")
+        if count > MOST_STEPS and self.config.interval is None and self.config.threshold is None:
+            raise ConfigError(
+                f"prune.steps: fitting tries each of the {count} steps; allowed: up to {MOST_STEPS}, or an interval or "
+                "threshold that is given"
+            )
+
     def _fit(
         self, runs: Runs, full: CachePolicy, fixed: tuple[bool, ...], generator: Generator, context: Context
     ) -> list[Candidate]:
@@ -133,11 +144,7 @@ class Steps:
         if config.interval is not None:
             computed = tuple(on or (step - config.warmup + 1) % config.interval == 0 for step, on in enumerate(fixed))
             return [runs.candidate(dataclasses.replace(full, computed=computed))]
-        if count > MOST_STEPS:
-            raise ConfigError(
-                f"prune.steps: fitting tries each of the {count} steps; allowed: up to {MOST_STEPS}, or an interval or "
-                "threshold that is given"
-            )
+        self._check_steps(count)
         tested = full.kind == "threshold"
         total = TRIALS if tested else trials(fixed)
         with context.progress.task("Caching: trying policies", total=total) as advance:

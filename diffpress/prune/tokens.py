@@ -74,6 +74,8 @@ def candidates(network: nn.Module, method: Method) -> dict[str, Any]:
             parent = network.get_submodule(name.rpartition(".")[0])
             fits = isinstance(module, BasicTransformerBlock) and module.pos_embed is None
             fits = fits and isinstance(parent, nn.ModuleList)
+            processors = (getattr(part, "processor", None) for part in module.modules())
+            fits = fits and not any(isinstance(each, PooledKeys | MergedTokens) for each in processors)
         else:
             fits = isinstance(module, Attention) and not module.is_cross_attention
             fits = fits and type(module.processor) in (AttnProcessor, AttnProcessor2_0)
@@ -207,6 +209,8 @@ class Tokens:
         settings, network = self.config, generator.denoiser
         grids = self._grids(network, find_grids(generator, context, settings.method))
         table = self._table(generator, context)
+        if table is not None:
+            self._refuse_too_little(grids, table)
         calls = record(generator, context, settings.calls, "Token reduction: recording")
         errors: dict[str, float] = {}
         count = len(grids)
@@ -270,8 +274,7 @@ class Tokens:
         table: Mapping[str, float] | None,
     ) -> dict[str, TokenGrid]:
         """What is reduced under the budget."""
-        method = self.config.method
-        kept = 1 - self.config.ratio if method == "merge" else 1 / self.config.pool**2
+        method, kept = self.config.method, self._kept
         if table is not None:
             saved = {name: milliseconds(name, method, kept, table) for name in grids}
             return {name: grids[name] for name in self._fitting(errors, saved, table[""])}
@@ -291,15 +294,25 @@ class Tokens:
             )
         return chosen
 
-    def _fitting(self, errors: Mapping[str, float], saved: Mapping[str, float], whole: float) -> list[str]:
-        """Layers of the least sum of squared errors that save enough; ConfigError where all do not."""
-        share = float(self.config.latency or 1.0)
-        least = whole - sum(saved.values())
+    @property
+    def _kept(self) -> float:
+        """Share of the tokens that stays."""
+        return 1 - self.config.ratio if self.config.method == "merge" else 1 / self.config.pool**2
+
+    def _refuse_too_little(self, grids: Mapping[str, TokenGrid], table: Mapping[str, float]) -> None:
+        """ConfigError where all layers together do not save what the budget of latency asks for."""
+        share, whole = float(self.config.latency or 1.0), table[""]
+        least = whole - sum(milliseconds(name, self.config.method, self._kept, table) for name in grids)
         if least > share * whole:
             raise ConfigError(
                 f"latency {share:g} cannot be met by {self.config.method} {self.config.pool}; the closest that can is "
                 f"{math.ceil(least / whole * 1000) / 1000:g}"
             )
+
+    def _fitting(self, errors: Mapping[str, float], saved: Mapping[str, float], whole: float) -> list[str]:
+        """Layers of the least sum of squared errors that save enough."""
+        share = float(self.config.latency or 1.0)
+        least = whole - sum(saved.values())
         items = [[Option(0.0, saved[name]), Option(errors[name] ** 2, 0.0)] for name in saved]
         chosen = choose(items, share * whole - least)
         return [name for name, index in zip(saved, chosen, strict=True) if index == 1]

@@ -151,6 +151,8 @@ class Width:
             return self._take(generator, settings.take)
         structures = self._structures(network)
         table = self._table(generator, context)
+        if table is not None:
+            self._room(structures, unit_latencies(structures, table), table[""], "latency")
         scores = self._scores(structures, generator, context)
         if settings.nested is not None:
             made = Nested(shares=settings.nested, kinds=settings.kinds, align=settings.align)

@@ -127,6 +127,16 @@ def test_student_equals_two_calls_of_the_teacher(dit, context, tmp_path):
     assert json.loads(json.dumps(facts)) == facts
 
 
+def test_its_steps_are_those_of_the_engines_runs(dit, context, tmp_path):
+    """Not those of calibration runs that are shorter."""
+    stage = Guidance(GuidanceConfig(pairs=PAIRS, training=SHORT))
+    given = context(dit)
+    final = replace(given.plan, steps=7)
+    applied = stage.apply(dit, replace(given, final=final, work=tmp_path))
+    assert (given.plan.steps, dit.plan.steps, dit.plan_for(final).steps) == (3, 7, 7)
+    assert "in one call for each of 7 steps" in applied.summary
+
+
 def test_student_is_called_once_for_each_step(dit, context, tmp_path):
     calls = {}
     for name in ("teacher", "student"):

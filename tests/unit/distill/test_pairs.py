@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from families import FAMILIES, make
 
 from diffpress.denoise import as_told, check_solver, trajectory
 from diffpress.diffusion import read_schedule, timestep_at
-from diffpress.distill.pairs import MANIFEST, PairSettings, PairStore, edges_of, teacher_hash
+from diffpress.distill.pairs import MANIFEST, PairSettings, PairStore, _structure, edges_of, teacher_hash
 from diffpress.distill.student import trailing
 from diffpress.errors import ArtifactError, ConfigError, InfrastructureError
-from diffpress.generator import SamplingPlan
+from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT
 from diffpress.prune.tokens import Tokens, TokensConfig
 
@@ -118,6 +119,20 @@ def test_damaged_shard_is_refused(collect, tmp_path):
         collect()
 
 
+def test_a_shard_that_is_made_anew_has_a_new_hash(collect, tmp_path):
+    """As on another machine, which rounds another way."""
+    collect()
+    path, name = tmp_path / "pairs" / MANIFEST, "held-out-0000000-0000003.safetensors"
+    stored = json.loads(path.read_text())
+    good = stored["shards"][name]
+    path.write_text(json.dumps(stored | {"shards": stored["shards"] | {name: "another"}}))
+    with pytest.raises(ArtifactError, match="damaged"):
+        collect()
+    (tmp_path / "pairs" / name).unlink()
+    collect()
+    assert hashes(tmp_path / "pairs")[name] == good
+
+
 @pytest.mark.parametrize("changes", [{"shard": 3}, {"shard": 64}, {"held_out": 5}, {"held_out": 2}, {"count": 8}])
 def test_other_counts_in_the_same_folder_are_other_files(collect, changes):
     collect()
@@ -208,6 +223,19 @@ def test_noisy_variant_of_a_solver_is_refused(dit):
     dit.pipeline.scheduler = trailing(dit.pipeline.scheduler, algorithm_type="sde-dpmsolver++")
     with pytest.raises(ConfigError, match="with noise"):
         check_solver(dit)
+
+
+def test_a_solver_by_name_is_judged_by_its_own_settings(dit):
+    dit.pipeline.scheduler = trailing(dit.pipeline.scheduler, algorithm_type="sde-dpmsolver++")
+    check_solver(dit, "DDIMScheduler")
+    with pytest.raises(ConfigError, match="DPMSolverMultistepScheduler with noise"):
+        check_solver(dit, "DPMSolverMultistepScheduler")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_is_the_same_wherever_it_lies_in_memory(family):
+    first, second = (_structure(Generator(make(family)).denoiser) for _ in range(2))
+    assert first == second
 
 
 def test_no_record_is_kept_that_is_not_finite(collect, dit):

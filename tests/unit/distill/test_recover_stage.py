@@ -13,7 +13,7 @@ from diffpress.denoise import denoise, encode, trajectory
 from diffpress.distill import recover
 from diffpress.distill.recover import Recover, RecoverConfig, RecoverLoss
 from diffpress.distill.student import trailing
-from diffpress.errors import ConfigError
+from diffpress.errors import ArtifactError, ConfigError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.prune.width import Width, WidthConfig
 from diffpress.structures import Nested, find_structures, masked
@@ -212,6 +212,14 @@ def test_killed_and_run_again_it_gives_the_same_bits(tmp_path, monkeypatch):
     recovered(tmp_path / "killed", again, make_dit, training=short)
     for one, other in zip(again.denoiser.parameters(), whole.denoiser.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_training_of_another_network_is_not_gone_on_with(tmp_path):
+    original, few = make_dit(), replace(TRAINING, steps=3)
+    recovered(tmp_path, without(make_dit(), 0), lambda: make_dit(), training=few)
+    with pytest.raises(ArtifactError, match="belongs to another training; delete it"):
+        recovered(tmp_path, without(make_dit(), 1), lambda: original, training=few)
+    recovered(tmp_path, without(make_dit(), 0), lambda: original, training=few)
 
 
 def test_adapters_in_bfloat16(tmp_path, hooks_of):

@@ -13,6 +13,7 @@ from families import make
 from oracle import Oracle
 from PIL import Image
 from tiny import make_autoencoder, make_flux, make_scheduler
+from torch.utils._pytree import tree_leaves
 
 from diffpress.denoise import encode, first_inputs
 from diffpress.diffusion import read_schedule
@@ -21,7 +22,7 @@ from diffpress.distill.guidance import add_scale_input
 from diffpress.distill.pairs import Edge, Pairs, PairSettings
 from diffpress.distill.reflow import Reflow, ReflowConfig, ReflowLoss
 from diffpress.distill.student import Conditions, held_out_straightness, previews, trailing
-from diffpress.errors import ConfigError
+from diffpress.errors import ConfigError, MissingDependencyError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.targets import TARGETS
 from diffpress.training import TrainingSettings, draw_of
@@ -29,6 +30,7 @@ from diffpress.training import TrainingSettings, draw_of
 PAIRS = PairSettings(count=64, held_out=8, steps=8, batch_size=16)
 TRAINING = TrainingSettings(steps=200, batch_size=8, learning_rate=3e-3, warmup=5, ema=0.9)
 MEAN, DEVIATION = 0.3, 0.4
+SHORT = SamplingPlan(steps=2, guidance_scale=3.0, height=16, width=16)
 FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)  # fits in a DiTPipeline
 SOLVERS = {"vp": make_scheduler(), "flow": FLOW}
 
@@ -223,6 +225,40 @@ def test_branches_with_texts_of_different_lengths_are_refused():
         with stopped as error:
             assert Conditions.of(teacher, SimpleNamespace(conditions=[prompt]), plan).unconditional is not None
     assert "texts of different lengths" in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["sd", "lumina2"])
+def test_conditions_are_encoded_a_few_at_a_time(family, sd, monkeypatch):
+    teacher = sd if family == "sd" else Generator(make(family))
+    plan = SamplingPlan(steps=2, guidance_scale=3.0) if family == "sd" else SHORT
+    prompts = ["a cat", "a dog in a tree that looks down", "flag", "", "hands of a clock"]
+    pairs = SimpleNamespace(conditions=[*prompts, *prompts])
+    whole = Conditions.of(teacher, pairs, plan)
+    monkeypatch.setattr("diffpress.distill.student._ENCODED", 2)
+    parts = Conditions.of(teacher, pairs, plan)
+    assert parts.index.tolist() == whole.index.tolist() == [0, 1, 2, 3, 4] * 2
+    for name in ("conditional", "unconditional"):
+        for one, other in zip(*(tree_leaves(getattr(each, name).tensors) for each in (whole, parts)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_refused_anyway_is_refused_before_the_teacher_is_sampled(context, tmp_path):
+    teacher = Generator(make("cogview4"))
+    teacher.use_scheduler("FlowMatchEulerDiscreteScheduler")
+    given = replace(context(teacher), plan=SHORT, work=tmp_path, pool=["a cat in a tree that looks down"])
+    with pytest.raises(ConfigError, match="texts of different lengths"):
+        Reflow(ReflowConfig(steps=1, pairs=PAIRS)).apply(teacher, given)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_adapters_without_peft_are_refused_first(dit, monkeypatch):
+    stage = Reflow(ReflowConfig(steps=1, pairs=PAIRS, training=replace(TRAINING, rank=2)))
+    stage.check(dit, TARGETS["onnxruntime"])
+    monkeypatch.setattr("diffpress.lora.find_spec", lambda name: None)
+    with pytest.raises(
+        MissingDependencyError, match=r"training.rank .*without adapters: null.* needs the package peft"
+    ):
+        stage.check(dit, TARGETS["onnxruntime"])
 
 
 def test_what_cannot_be_guided_is_refused(sd, ddpm):

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 from families import deeper, make
 from tiny import fill_zeros, make_flux
 
@@ -17,7 +17,7 @@ from diffpress.export.build import export
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.prune import reuse
-from diffpress.prune.cuts import find_cut
+from diffpress.prune.cuts import check_cut, find_cut
 from diffpress.prune.reuse import Candidate, Runs, feature_errors, fewer_and_fewer, final_latents, gram, refine
 from diffpress.prune.steps import Steps, StepsConfig
 from diffpress.prune.units import remove, units_named
@@ -393,6 +393,41 @@ def test_more_steps_than_a_fit_tries_are_refused(dit, given, monkeypatch):
     monkeypatch.setattr("diffpress.prune.steps.MOST_STEPS", 8)
     with pytest.raises(ConfigError, match="fitting tries each of the 9 steps; allowed: up to 8, or an interval"):
         apply(dit, given(dit))
+
+
+def test_a_run_that_cannot_be_cached_is_refused_before_it_is_drawn(dit, given, monkeypatch):
+    monkeypatch.setattr(dit, "sample", None)
+    monkeypatch.setattr(dit, "draw", None)
+    with pytest.raises(ConfigError, match="a run of 1 step has nothing to use again; allowed: 2 and more"):
+        apply(dit, given(dit, steps=1), interval=2)
+    with pytest.raises(ConfigError, match="fitting tries each of the 101 steps; allowed: up to 100"):
+        apply(dit, given(dit, steps=101))
+
+
+def test_branches_that_cannot_be_told_apart_are_told():
+    """Chroma marks no branch; where a whole batch is the negative prompt, both of its calls look the same."""
+    generator = Generator(make("chroma"))
+    plan = SamplingPlan(steps=3, guidance_scale=3.0, height=16, width=16)
+    for prompts in (["a cat", ""], ["", "a cat"]):
+        with pytest.raises(ConfigError, match=r"guidance branches of .* cannot be told apart"):
+            Runs(generator, Context(TARGETS["onnxruntime"], prompts, range(2), plan, batch_size=1), 2)
+    told = Runs(generator, Context(TARGETS["onnxruntime"], ["a cat", "a dog"], range(2), plan, batch_size=1), 2)
+    assert len(told.timesteps) == 3
+
+
+def test_a_unet_without_a_middle_keeps_no_more_than_it_has():
+    network = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_type=None,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    check_cut(network, keep_first=None, keep_last=None, branch=2)
+    with pytest.raises(ConfigError, match="branch 3 of UNet2DModel, which has 3 up layers; allowed: below"):
+        check_cut(network, keep_first=None, keep_last=None, branch=3)
 
 
 def test_restore_gives_the_policy_back(dit, dit_folder, given):

@@ -249,6 +249,12 @@ def test_candidates_of_a_reduced_network_are_left(dit):
     assert list(candidates(dit.denoiser, "pool")) == [DIT[1]]
 
 
+def test_a_block_that_pools_inside_is_not_made_coarse(dit, context):
+    install(dit.denoiser, "pool", {f"{DIT[0]}": TokenGrid(4, 4, 2)}, 0.0)
+    assert list(candidates(dit.denoiser, "coarse")) == ["transformer_blocks.1"]
+    assert apply(dit, context(dit), method="coarse", error=1e3).metadata["grids"].keys() == {"transformer_blocks.1"}
+
+
 def test_processors(dit):
     install(dit.denoiser, "merge", {DIT[0]: TokenGrid(4, 4, 2)}, 0.5)
     found = dit.denoiser.transformer_blocks[0].attn1.processor

@@ -180,6 +180,13 @@ def test_budget_that_cannot_be_met_names_the_closest(dit, context):
         narrow(dit, replace(context(dit), latency=lambda generator: table), latency=0.01)
 
 
+def test_a_latency_that_cannot_be_met_is_refused_before_anything_is_scored(dit, context, monkeypatch):
+    table = {name: float(not name) for name, _ in dit.denoiser.named_modules()}
+    monkeypatch.setattr(Width, "_scores", None)
+    with pytest.raises(ConfigError, match=r"latency 0\.5 cannot be met"):
+        narrow(dit, replace(context(dit), latency=lambda generator: table), latency=0.5)
+
+
 def test_latency_needs_a_table(dit, context):
     with pytest.raises(ConfigError, match=r"latency is 0.5, but there are no timings; allowed: keep, parameters"):
         narrow(dit, context(dit), latency=0.5)
