@@ -63,6 +63,12 @@ def main() -> None:
     if arguments in (["--version"], ["-V"]):  # answered before anything heavy is imported
         sys.stdout.write(f"diffpress {__version__}\n")
         return
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a code page may lack a sign of a table: then it is told as a question mark
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     sys.exit(run(arguments))
 
 

@@ -100,22 +100,22 @@ class Artifact:
             raise ConfigError(
                 f"output {folder} holds other things; allowed: a new or empty folder, or one that diffpress made"
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(folder / ".lock", timeout=0)
-            with lock:
+        with contextlib.ExitStack() as held_open:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held_open.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
                 free = shutil.disk_usage(folder).free
                 if free < need:
                     raise InfrastructureError(f"{folder}: {free >> 20} MiB are free, about {need >> 20} MiB are needed")
                 if not (folder / HISTORY).exists():
                     write_json(folder / HISTORY, [])
-                yield cls(folder)
-        except filelock.Timeout as error:
-            raise ArtifactError(f"{folder}: another run is at work in this folder") from error
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            raise InfrastructureError(f"output {folder} cannot be written: {error.strerror}") from error
+            except filelock.Timeout as error:
+                raise ArtifactError(f"{folder}: another run is at work in this folder") from error
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                raise InfrastructureError(f"output {folder} cannot be written: {error.strerror}") from error
+            yield cls(folder)
 
     def step(self, name: str, key: str, output: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Do one step unless it is done: ``work(path)`` writes ``path`` and returns facts for the history.

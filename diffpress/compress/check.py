@@ -122,6 +122,7 @@ def _conditions(report: Report) -> dict[str, Any]:
         "preprocessing": report.provenance.preprocessing,
         "model hash": report.model.hash,
         "evaluate": report.recipe.get("evaluate"),
+        "picture": {side: report.recipe.get("export", {}).get(side) for side in ("height", "width")},
         "batch": {f"{row.scope}, {row.candidate}": row.batch for row in report.latency},
     }
 
@@ -148,7 +149,8 @@ def _report_of(path: Path) -> Report:
 def _quality(
     directory: Path, baseline: Path, candidate_report: Report, baseline_report: Report, margins: Margins
 ) -> Iterator[Finding]:
-    if all((folder / FEATURES_FILE).is_file() for folder in (directory, baseline)):
+    kept = all((folder / FEATURES_FILE).is_file() for folder in (directory, baseline))
+    if kept and candidate_report.quality and baseline_report.quality:  # a file may be of an earlier run
         yield from _paired_quality(directory, baseline, margins)
     else:
         yield from _reported_quality(candidate_report, baseline_report, margins)
@@ -189,7 +191,11 @@ def _paired_quality(directory: Path, baseline: Path, margins: Margins) -> Iterat
     blocks = min(BLOCKS, len(base) // 2)
     target = moments(reference)
     distances = (frechet_replicates(features, target, blocks=blocks) for features in (base, here))
-    yield _finding(_FRECHET, paired_ratio(*distances), margins.frechet)
+    try:
+        yield _finding(_FRECHET, paired_ratio(*distances), margins.frechet)
+    except ConfigError as error:
+        sentence = f"no ratio: {error}"
+        yield Finding(name=_FRECHET, outcome="undecided", sentence=sentence, found=None, limit=margins.frechet)
     covered = [density_coverage_replicates(features, reference, blocks=blocks)[1] for features in (here, base)]
     yield _finding(_COVERAGE, paired_difference(*covered), margins.coverage)
 
@@ -209,7 +215,7 @@ def independent_ratio(base: Estimate, candidate: Estimate) -> Estimate:
     Source: method of variance estimates recovery, Zou and Donner 2008, on the logarithm.
     """
     logs = [
-        [math.log(max(end, item.value * 1e-6)) for end in (item.low, item.value, item.high)]
+        [math.log(max(end, item.value * 1e-6, 1e-12)) for end in (item.low, item.value, item.high)]
         for item in (base, candidate)
     ]
     low, middle, high = _recovered(*logs)

@@ -320,6 +320,8 @@ def check(
     from diffpress.compress import check as checking
     from diffpress.compress import check_output
 
+    for file in filter(None, (junit, markdown)):
+        file.unlink(missing_ok=True)  # of an earlier check
     try:
         result = checking.check(directory, baseline, margins=checking.read_margins(margin or []))
     except DiffpressError as error:
@@ -328,11 +330,11 @@ def check(
         if markdown is not None:
             markdown.write_text(check_output.markdown_error(error), encoding="utf-8")
         raise
-    out.print(check_output.table(result))
     if junit is not None:
         junit.write_text(check_output.junit(result, strict=strict), encoding="utf-8")
     if markdown is not None:
         markdown.write_text(check_output.markdown(result), encoding="utf-8")
+    out.print(check_output.table(result))
     if result.outcome == "undecided" and not strict:
         err.print(f"[yellow]warning:[/] {result.sentence}; it counts as passed (--strict makes it fail)")
     result.require(strict=strict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from diffpress.compress.report import Metric, PairedMetric
 from diffpress.errors import ConfigError
 from diffpress.eval.extractors import Extractor, load_extractor
 from diffpress.eval.features import Features, extract, list_images, load_reference, save_features
-from diffpress.eval.fidelity import check_lpips, lpips, psnr, relative_error, ssim
+from diffpress.eval.fidelity import LPIPS_PIXELS, SSIM_PIXELS, check_lpips, lpips, psnr, relative_error, ssim
 from diffpress.eval.replicates import (
     BLOCKS,
     density_coverage_replicates,
@@ -29,7 +30,11 @@ from diffpress.eval.replicates import (
 from diffpress.generator import Generator, Samples, SamplingPlan
 from diffpress.progress import Progress
 
+logger = logging.getLogger(__name__)
+
 # Distances from the seeds of the compared pictures; held-out records of a training are 5,000,000 further.
+NEIGHBOURS = 5
+"""Nearest pictures of the reference that density and coverage look at."""
 CALIBRATION_SEED, REFERENCE_SEED, TRAINING_SEED = 1_000_000, 2_000_000, 10_000_000
 
 
@@ -104,9 +109,12 @@ def yardstick(recipe: Recipe) -> list[str | None]:
 
 
 def _local(name: str) -> str:
-    """A path of a recipe, with ``#key`` kept; a hub id as it is."""
+    """A path of a recipe, with ``#key`` and ``inception:`` kept; another name of an extractor as it is."""
+    before, mark, after = name.partition("inception:")
+    if not before and mark:
+        return f"{mark}{_local(after)}" if after else name
     path, mark, key = name.partition("#")
-    found = find_path(path)
+    found = None if name == "inception" or name.startswith("module:") else find_path(path)
     return name if found is None else f"{found}{mark}{key}"
 
 
@@ -134,9 +142,13 @@ def check_evaluation(recipe: Recipe) -> None:
             f"evaluate.reference {reference!r} is not there; allowed: a features file or a folder of images"
         )
     if found.is_dir():
-        list_images(found)
+        count = len(list_images(found))
     elif recipe.evaluate.features is not None:
-        load_reference(_local(reference), extractor)
+        count = len(load_reference(_local(reference), extractor).values)
+    else:
+        return
+    if count <= NEIGHBOURS:
+        raise ConfigError(f"evaluate.reference {reference!r} has {count} pictures; allowed: {NEIGHBOURS + 1} or more")
 
 
 def quality_metrics(path: Path) -> tuple[Metric, ...]:
@@ -163,8 +175,11 @@ def quality_metrics(path: Path) -> tuple[Metric, ...]:
 
 
 def paired_metrics(original: Samples, engine: Samples, *, lpips_weights: str | None = None) -> tuple[PairedMetric, ...]:
-    """Picture by picture, from the same noise: latent error, PSNR, SSIM, and LPIPS where its weights are given."""
-    rows = []
+    """Picture by picture, from the same noise: latent error, PSNR, SSIM, and LPIPS where its weights are given.
+
+    Without SSIM and LPIPS where pictures are smaller than these can be had of.
+    """
+    rows, edge = [], min(original.images.shape[1:3])
     if original.latents is not None and engine.latents is not None:
         rows.append(
             paired_metric(
@@ -172,8 +187,11 @@ def paired_metrics(original: Samples, engine: Samples, *, lpips_weights: str | N
             )
         )
     rows.append(paired_metric("psnr", psnr(original.images, engine.images, data_range=255)))
-    rows.append(paired_metric("ssim", ssim(original.images, engine.images, data_range=255)))
-    if lpips_weights is not None:
+    if edge >= SSIM_PIXELS:
+        rows.append(paired_metric("ssim", ssim(original.images, engine.images, data_range=255)))
+    if lpips_weights is not None and edge < LPIPS_PIXELS:
+        logger.warning("LPIPS is left out: pictures have %d pixels a side, it needs %d", edge, LPIPS_PIXELS)
+    elif lpips_weights is not None:
         values = lpips(original.images, engine.images, weights=_local(lpips_weights))
         rows.append(paired_metric("lpips", values))
     return tuple(rows)

@@ -14,7 +14,15 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from diffpress.compress.marks import Document, dotted, read_value, read_yaml
-from diffpress.compress.recipe import Recipe, StageSpec, find_path, misplaced, portable_path, shipped_recipes
+from diffpress.compress.recipe import (
+    Recipe,
+    StageSpec,
+    find_path,
+    misplaced,
+    portable_path,
+    shipped_recipes,
+    uncacheable,
+)
 from diffpress.errors import ConfigError, Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -51,6 +59,8 @@ def load_recipe(
     recipe = _checked(Recipe, body, (), document)
     if recipe is not None:
         recipe = _with_paths(recipe, document, folder)
+        for index, what in uncacheable(recipe, stages):
+            document.report(("stages", index, stages[index].method), what)
     if document.problems or recipe is None:
         raise RecipeError(sorted(dict.fromkeys(document.problems), key=_line))
     return dataclasses.replace(recipe, stages=stages)
@@ -254,9 +264,12 @@ def _with_paths(recipe: Recipe, document: Document, folder: Path | None) -> Reci
 
     evaluate = recipe.evaluate
     found: dict[str, str] = {}
-    for key, required in (("prompts", True), ("features", False), ("reference", True)):
+    for key, required in (("prompts", True), ("features", False), ("reference", True), ("lpips", True)):
         name = getattr(evaluate, key)
-        if isinstance(name, str):
+        kind, mark, file = name.partition(":") if key == "features" and isinstance(name, str) else ("", "", name)
+        if kind == "inception" and mark:
+            found[key] = f"{kind}:{checked(('evaluate', key), file, required=True)}"
+        elif isinstance(name, str) and kind not in ("inception", "module"):
             found[key] = checked(("evaluate", key), name, required=required)
     model = checked(("model",), recipe.model, required=False)
     return dataclasses.replace(recipe, model=model, evaluate=dataclasses.replace(evaluate, **found))  # type: ignore[arg-type]

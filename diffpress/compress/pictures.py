@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from diffpress.artifact import read_json
 from diffpress.errors import ConfigError
 from diffpress.export import load
 from diffpress.export.build import MANIFEST
@@ -51,17 +52,30 @@ def generate_pictures(
     usual = generator.plan or _USUAL
     strength = usual.guidance_scale if guidance_scale is None else guidance_scale
     plan = replace(usual, steps=steps or usual.steps, guidance_scale=strength)
-    samples = generator.sample(conditions, seeds=seeds, plan=plan, batch_size=_BATCH, progress=progress)
-    for file, picture in zip(files, samples.images, strict=True):
+    fixed = _fixed_batch(source)
+    more = -len(conditions) % fixed if fixed else 0  # the last picture again, and not kept
+    conditions, seeds = [*conditions, *conditions[-1:] * more], [*seeds, *list(seeds)[-1:] * more]
+    samples = generator.sample(conditions, seeds=seeds, plan=plan, batch_size=fixed or _BATCH, progress=progress)
+    for file, picture in zip(files, samples.images[: len(files)], strict=True):
         Image.fromarray(picture).save(file)
     return files
 
 
 def open_generator(source: str, variant: str | None = None) -> Generator:
     """The generator of an artifact folder or an engine; else the model called ``source``, in that variant."""
-    folder = Path(source)
-    built = (folder / "engine").is_dir() or (folder / MANIFEST).is_file()
-    return Generator(load(folder)) if built else Generator.load(source, variant=variant)
+    folder = _engine_folder(source)
+    return Generator(load(folder)) if folder else Generator.load(source, variant=variant)
+
+
+def _engine_folder(source: str) -> Path | None:
+    return next((folder for folder in (Path(source) / "engine", Path(source)) if (folder / MANIFEST).is_file()), None)
+
+
+def _fixed_batch(source: str) -> int | None:
+    """Pictures that an engine takes at once; None: any number, or no engine."""
+    folder = _engine_folder(source)
+    batch = read_json(folder / MANIFEST)["export"]["batch"] if folder else "dynamic"
+    return None if batch == "dynamic" else int(batch)
 
 
 def _slug(text: str) -> str:

@@ -7,7 +7,7 @@ how one is written back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,6 +168,7 @@ class Recipe:
                 f"(it is {self.evaluate.samples})"
             )
         wrong += [what for _, what in misplaced(self.stages)]
+        wrong += [what for _, what in uncacheable(self, self.stages)]
         if wrong:
             raise ValueError("; ".join(wrong))
         _warn_of_few_steps(self)
@@ -217,15 +218,16 @@ def _nothing_pruned(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
 
 
 def _nothing_nested(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
-    """A ``prune.width`` that takes a width where no earlier one has nested any."""
-    wrong, nested = [], False
+    """A ``prune.width`` that takes a width which no earlier one has nested."""
+    wrong: list[tuple[int, str]] = []
+    shares: Sequence[float] = ()
     for index, stage in enumerate(stages):
         if stage.method == "prune.width":
             take, made = (getattr(stage.config, name, None) for name in ("take", "nested"))
-            if take is not None and not nested:
-                what = f"{_place(stages, index)}: no widths are nested for take {take:g}"
-                wrong.append((index, f"{what}; allowed: after prune.width with nested"))
-            nested = made is not None or (nested and take is None)
+            if take is not None and take not in shares:
+                allowed = ", ".join(f"{share:g}" for share in shares) or "after prune.width with nested"
+                wrong.append((index, f"{_place(stages, index)}: take {take:g} is not nested; allowed: {allowed}"))
+            shares = made or (shares if take is None else ())
     return wrong
 
 
@@ -243,6 +245,20 @@ def _nothing_left(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
         elif not stage.config.skip and (layers is None or "*" in layers):
             takers.setdefault(part, name)
     return wrong
+
+
+def uncacheable(recipe: Recipe, stages: Sequence[StageSpec]) -> Iterator[tuple[int, str]]:
+    """(index, what is wrong) of each ``prune.steps`` fitted to other steps than the engine's, or to one alone."""
+    fixed = [spec.config.steps for spec in stages if spec.method in _FIXES_STEPS]
+    for index, spec in enumerate(stages):
+        if spec.method != "prune.steps":
+            continue
+        name, told = _place(stages, index), recipe.calibration.steps
+        if not fixed and told not in (None, recipe.evaluate.steps):
+            what = f"{name}: calibration.steps is {told}, and the engine is made for evaluate.steps"
+            yield index, f"{what} {recipe.evaluate.steps}; allowed: calibration.steps null"
+        if (fixed[-1] if fixed else recipe.evaluate.steps) == 1:
+            yield index, f"{name}: a run of 1 step has nothing to use again; allowed: 2 steps and more"
 
 
 def _warn_of_few_steps(recipe: Recipe) -> None:
@@ -279,12 +295,13 @@ def find_path(name: str, *, beside: Path | None = None) -> Path | None:
     """The existing file or folder called ``name``, or None.
 
     Looked for in the working directory, in ``beside`` (the recipe's folder), and at the root of a source checkout. What
-    follows a ``#`` names a part of a file.
+    follows a ``#`` names a part of a file, where nothing is called by the whole name.
     """
-    given = Path(name.partition("#")[0]).expanduser()
-    for folder in (Path(), beside, recipes_folder().parent):
-        if folder is not None and (folder / given).exists():
-            return (folder / given).absolute()
+    folders = [folder for folder in (Path(), beside, recipes_folder().parent) if folder is not None]
+    for given in dict.fromkeys((name, name.partition("#")[0])):
+        for folder in folders:
+            if (folder / Path(given).expanduser()).exists():
+                return (folder / Path(given).expanduser()).absolute()
     return None
 
 
@@ -298,6 +315,7 @@ def portable_path(name: str, *, beside: Path | None = None) -> str:
     if found is None:
         return name
     checkout, part = recipes_folder().parent, "".join(name.partition("#")[1:])
+    part = "" if part and found.name.endswith(part) else part
     return (found.relative_to(checkout).as_posix() if found.is_relative_to(checkout) else str(found)) + part
 
 

@@ -25,7 +25,7 @@ from diffpress.compress.methods import METHODS
 from diffpress.compress.page import write_report
 from diffpress.compress.recipe import Recipe, dump_recipe, find_path, read_prompts
 from diffpress.compress.report import Latency, Metric, Report
-from diffpress.errors import ArtifactError, ConfigError, SlowEngineError
+from diffpress.errors import ArtifactError, ConfigError, NotComparableError, SlowEngineError
 from diffpress.eval.latency import size_on_disk
 from diffpress.eval.machine import describe_machine
 from diffpress.export import check_export, export, load
@@ -76,15 +76,21 @@ class Run:
         timing.check_baselines(self.recipe.evaluate.baselines)
 
     def context(self, generator: Generator, work: Path | None = None) -> Context:
-        """Calibration runs: other seeds than the compared pictures', the final schedule unless told otherwise."""
-        chosen, plan = self.recipe.calibration, generator.plan_for(evaluation.plan_of(self.recipe))
-        changes: dict[str, Any] = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
+        """Calibration runs: other seeds than the compared pictures', the final schedule unless told otherwise.
+
+        A generator that was made for a plan has that one, whatever is told.
+        """
+        chosen, asked = self.recipe.calibration, evaluation.plan_of(self.recipe)
+        told: dict[str, Any] = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
+        told = {name: value for name, value in told.items() if value is not None}
+        final = generator.plan_for(asked)
         first = self.recipe.seed + evaluation.CALIBRATION_SEED
         return Context(
             target=self.target,
             conditions=evaluation.conditions_of(self.recipe, self.original, chosen.samples),
             seeds=range(first, first + chosen.samples),
-            plan=dataclasses.replace(plan, **{name: value for name, value in changes.items() if value is not None}),
+            plan=generator.plan_for(dataclasses.replace(asked, **told)),
+            final=final,
             batch_size=chosen.batch_size,
             progress=self.progress,
             pool=read_prompts(self.recipe.evaluate.prompts),
@@ -94,7 +100,7 @@ class Run:
             latency=partial(
                 layer_latency,
                 settings=self.recipe.export,
-                plan=plan,
+                plan=final,
                 conditions=evaluation.conditions_of(self.recipe, self.original, 2),
             ),
         )
@@ -178,7 +184,7 @@ class Run:
             conditions=evaluation.conditions_of(self.recipe, self.original, 2),
             progress=self.progress,
         )
-        return {"built": plain(built)}
+        return {"built": plain(built), "model": self.model_hash}
 
     def evaluate(self) -> Report:
         """Pictures, distances and latency of original and engine; the report, written."""
@@ -294,14 +300,20 @@ def measure_latency(
     """Time the engine in ``directory`` beside the recipe's baselines; nothing is written.
 
     ``beside`` are folders of other runs, or engines, of generators that take the same conditions; they are called by
-    the folders' names. Raises ConfigError where a name stands for two candidates.
+    the runs' folders. Raises ConfigError where a name stands for two candidates.
     """
-    with _reopen(directory, progress) as work:
-        names = ["engine", *work.recipe.evaluate.baselines, *(folder.name for folder in beside)]
+    with _reopen(directory, progress, write=False) as work:
+        names = ["engine", *work.recipe.evaluate.baselines, *map(_run_name, beside)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"two candidates are called {', '.join(twice)}; rename a folder")
-        others = {folder.name: folder / ENGINE if (folder / ENGINE).is_dir() else folder for folder in beside}
+        others = {_run_name(folder): folder / ENGINE if (folder / ENGINE).is_dir() else folder for folder in beside}
         return measure_candidates(work, Generator(load(directory / ENGINE)), rounds=rounds, others=others)
+
+
+def _run_name(folder: Path) -> str:
+    """Of a run, or of the run that an engine lies in."""
+    whole = folder.resolve()
+    return whole.parent.name if whole.name == ENGINE else whole.name
 
 
 def measure_candidates(
@@ -324,13 +336,22 @@ def measure_candidates(
 
 
 @contextlib.contextmanager
-def _reopen(directory: Path, progress: Progress) -> Iterator[Run]:
-    """The run of a finished folder, from the recipe it kept. Raises ArtifactError when it is none."""
+def _reopen(directory: Path, progress: Progress, *, write: bool = True) -> Iterator[Run]:
+    """The run of a finished folder, from the recipe it kept.
+
+    Raises ArtifactError when it is none, NotComparableError where its model is not what the engine was made from.
+    """
     if not (directory / "recipe.yaml").is_file():
         raise ArtifactError(f"{directory} has no engine that diffpress built: recipe.yaml is missing")
     recipe = load_recipe(directory / "recipe.yaml", methods={name: stage.Config for name, stage in METHODS.items()})
-    with Artifact.open(directory) as artifact:
-        yield Run(recipe, artifact, progress)
+    with Artifact.open(directory) if write else contextlib.nullcontext(Artifact(directory)) as artifact:
+        work = Run(recipe, artifact, progress)
+        if artifact.entry(ENGINE).get("model", work.model_hash) != work.model_hash:
+            raise NotComparableError(
+                f"{work.source} has changed since the engine in {directory} was made from it; "
+                "allowed: the same weights, or run the recipe again"
+            )
+        yield work
 
 
 def load_original(recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Generator:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import inspect
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -307,15 +308,20 @@ def _load_user(target: str, *, batch_size: int, device: str) -> BatchedExtractor
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"extractor 'module:{target}' is incomplete; write 'module:package.module:attribute'")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:  # as for python -m; a console script has its own folder there
+        sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"module {module_name} of extractor 'module:{target}' cannot be imported: {error}") from error
-    except AttributeError as error:
-        raise ConfigError(f"module {module_name} has no {attribute}") from error
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"module {module_name} of extractor 'module:{target}' cannot be imported: {what}") from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"module {module_name} has no {attribute}")
+    found = getattr(module, attribute)
     try:
         found = found() if inspect.isclass(found) else found
-    except TypeError as error:
+    except Exception as error:
         raise ConfigError(f"class {target} cannot be made without arguments: {error}") from error
     if not callable(found):
         raise ConfigError(f"{target} is a {type(found).__name__}; allowed: a callable or a torch.nn.Module")
@@ -353,8 +359,9 @@ def _probe(function: Callable[[NDArray[np.uint8]], NDArray[Any]], *, name: str) 
     """Length of a feature vector, found with a black image. Raises `ConfigError` where the output is not ``[1, d]``."""
     try:
         shape = np.asarray(function(np.zeros((1, 64, 64, 3), dtype=np.uint8))).shape
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise ConfigError(f"extractor {name} fails on one black image of uint8 [1, 64, 64, 3]: {error}") from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"extractor {name} fails on one black image of uint8 [1, 64, 64, 3]: {what}") from error
     if len(shape) != 2 or shape[0] != 1 or shape[1] < 1:
         raise ConfigError(f"extractor {name} gave the shape {shape} for one image; expected (1, dimension)")
     return int(shape[1])

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _LPIPS_WEIGHTS = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 """Files of torchvision's ImageNet weights, by backbone."""
-_LPIPS_PIXELS = 32
+LPIPS_PIXELS, SSIM_PIXELS = 32, 11
+"""Least edge of a picture that these can be had of."""
 PSNR_CEILING = 100.0
 """dB given to images that do not differ, so that means stay finite."""
 _WINDOW_RADIUS = 5
@@ -56,7 +57,7 @@ def ssim(original: ArrayLike, candidate: ArrayLike, *, data_range: float) -> Arr
     """
     _check_range(data_range)
     shape = np.shape(original)
-    if len(shape) != 4 or min(shape[1:3]) < 2 * _WINDOW_RADIUS + 1:
+    if len(shape) != 4 or min(shape[1:3]) < SSIM_PIXELS:
         raise ConfigError(f"images have the shape {shape}; SSIM needs [n, h, w, c] of at least 11 x 11 pixels")
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     values = []
@@ -105,8 +106,8 @@ def lpips(
     if original.dtype != np.uint8 or candidate.dtype != np.uint8:
         raise ConfigError(f"images are {original.dtype} and {candidate.dtype}; LPIPS needs uint8")
     _check_shapes(original.shape, candidate.shape)
-    if min(original.shape[1:3]) < _LPIPS_PIXELS:
-        raise ConfigError(f"images have the shape {original.shape}; LPIPS needs at least {_LPIPS_PIXELS} pixels a side")
+    if min(original.shape[1:3]) < LPIPS_PIXELS:
+        raise ConfigError(f"images have the shape {original.shape}; LPIPS needs at least {LPIPS_PIXELS} pixels a side")
     network = _lpips_network(net, Path(weights).expanduser())
     values = []
     for start in range(0, len(original), batch_size):

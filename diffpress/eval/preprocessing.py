@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+_BY_EDGE = ("CLIP", "ChineseCLIP", "ConvNext", "Bit", "Levit", "MobileNet", "MobileViT", "LevIT")
+"""Processors whose bare number for ``size`` is the shortest edge; others' is the edge of a square (ViT, BEiT, …)."""
 _FILTERS = {int(item): item.name.lower() for item in Image.Resampling}
 
 
@@ -58,7 +60,11 @@ class Preprocessing:
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Preprocessing:
         """From the fields that transformers' image processors write. Raises `ValueError` for a value not allowed."""
-        size = _size(settings.get("size")) if settings.get("do_resize", True) else None
+        given = settings.get("size")
+        kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type"))
+        if isinstance(given, int) and ("crop_pct" in settings or kind.startswith(_BY_EDGE)):
+            given = {"shortest_edge": given}
+        size = _size(given) if settings.get("do_resize", True) else None
         crop = _size(settings.get("crop_size", settings.get("size"))) if settings.get("do_center_crop", False) else None
         crop = (crop, crop) if isinstance(crop, int) else crop
         if isinstance(size, int) and "crop_pct" in settings:  # ConvNeXT and ResNet: enlarge, then crop

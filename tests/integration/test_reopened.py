@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffpress.artifact import Artifact
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.methods import METHODS
-from diffpress.compress.runner import Run, evaluate
-from diffpress.errors import ArtifactError
+from diffpress.compress.runner import Run, evaluate, measure_latency, run
+from diffpress.errors import ArtifactError, NotComparableError
+from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT
 
 pytestmark = pytest.mark.slow
@@ -83,3 +87,33 @@ def test_what_a_stage_depends_on_is_in_its_key(dit_folder: Path, sd_folder: Path
         first, second = (keys(dit_folder, stages=stages, export=given) for given in (in_float, in_bfloat16))
         assert (first[0] == second[0]) == same
         assert first[1] != second[1]
+
+
+def test_an_original_that_has_changed_is_not_measured_against(dit_folder: Path, tmp_path: Path) -> None:
+    model, output = shutil.copytree(dit_folder, tmp_path / "model"), tmp_path / "out"
+    given = load_recipe(recipe(model, stages=[]), methods=CONFIGS)
+    assert run(given, output) is not None
+    rows = measure_latency(output, rounds=3, beside=[output / "engine"])
+    assert {row.candidate for row in rows} == {"engine", "eager", "out"}  # an engine is called by its run
+    report = (output / "report.json").read_bytes()
+    changed = Generator.load(model)
+    with torch.no_grad():
+        next(changed.denoiser.parameters()).mul_(1.3)
+    changed.denoiser.save_pretrained(model / "transformer")
+    for again in (evaluate, partial(measure_latency, rounds=3)):
+        with pytest.raises(NotComparableError, match=r"has changed since the engine in .* was made from it"):
+            again(output)
+    assert (output / "report.json").read_bytes() == report
+
+
+def test_a_student_is_calibrated_as_it_is_sampled(dit_folder: Path, tmp_path: Path) -> None:
+    """Whatever the calibration runs of the original are told."""
+    calibration = {"samples": 2, "steps": 10, "guidance_scale": 3.0}
+    work = Run(load_recipe(recipe(dit_folder, calibration=calibration), methods=CONFIGS), Artifact(tmp_path), SILENT)
+    plain = work.context(work.original)
+    assert (plain.plan.steps, plain.plan.guidance_scale, plain.final.steps) == (10, 3.0, 2)  # type: ignore[union-attr]
+    work.original.plan = SamplingPlan(steps=4, guidance_scale=1.0, timesteps=(999, 700, 400, 100))
+    student = work.context(work.original)
+    assert student.plan == student.final
+    assert (student.plan.steps, student.plan.guidance_scale) == (4, 1.0)
+    assert student.plan.grid == (999, 700, 400, 100)

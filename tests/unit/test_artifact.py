@@ -145,6 +145,11 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, number):
         pass
 
 
+def test_what_fails_inside_is_not_the_folders_fault(tmp_path):
+    with pytest.raises(PermissionError, match="weights"), Artifact.open(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "no", "weights")
+
+
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 30, 1 << 30, 5 << 20))

@@ -9,6 +9,7 @@ from fabricated import changed, estimate, fabricate
 
 from diffpress.__main__ import run
 from diffpress.artifact import folder_hash
+from diffpress.compress import check_output
 from diffpress.compress.check import FEATURES_FILE, Margins, check, independent_ratio, read_margins
 from diffpress.compress.report import report_json
 from diffpress.errors import ArtifactError, ConfigError, NotComparableError, RegressionError
@@ -99,6 +100,37 @@ def test_stored_features_are_compared_in_pairs(artifact):
     assert moved.findings[0].outcome == "fail"
     unpaired = check(artifact("c", fabricate()), artifact("old3", fabricate(), shift=0.0))
     assert unpaired.findings[0].found.method == "recovered from two intervals"
+
+
+def test_features_of_an_earlier_run_are_not_looked_at(artifact):
+    """They stay in the folder when a rerun measures none."""
+    without = [dataclasses.replace(fabricate(seed=seed), quality=()) for seed in (0, 1)]
+    result = check(artifact("new", without[1], shift=3.0), artifact("old", without[0], shift=0.0))
+    assert not [item.name for item in result.findings if "Fréchet" in item.name or "coverage" in item.name]
+    both = check(artifact("b", fabricate(seed=1), shift=3.0), artifact("a", fabricate(), shift=0.0))
+    assert "Fréchet distance, multiple of the baseline's" in [item.name for item in both.findings]
+
+
+def test_a_distance_that_cannot_be_told_from_zero_decides_nothing(artifact, monkeypatch):
+    def none(*replicates):
+        raise ConfigError("the base's distance 1e-05 cannot be told from zero")
+
+    monkeypatch.setattr("diffpress.compress.check.paired_ratio", none)
+    result = check(artifact("new", fabricate(seed=1), shift=0.0), artifact("old", fabricate(), shift=0.0))
+    assert {item.name: item.outcome for item in result.findings}["Fréchet distance, multiple of the baseline's"] == (
+        "undecided"
+    )
+    assert "cannot be told from zero" in result.findings[0].sentence
+    assert len(result.findings) == 4
+    assert "undecided" in check_output.markdown(result)
+    assert check_output.junit(result, strict=False)
+
+
+def test_pictures_of_another_size_are_not_comparable(artifact):
+    small = fabricate(seed=1)
+    large = dataclasses.replace(small, recipe=small.recipe | {"export": {"height": 512, "width": 512}})
+    with pytest.raises(NotComparableError, match=r"picture.height: baseline None, here 512"):
+        check(artifact("new", large), artifact("old", fabricate()))
 
 
 def test_another_reference_is_not_comparable(artifact):

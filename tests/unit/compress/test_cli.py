@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from diffpress.__main__ import explain, require_versions, run
+from diffpress.artifact import write_json
 from diffpress.compress import cli, pictures
 from diffpress.compress.progress import RichProgress
 from diffpress.errors import ArtifactError, ConfigError, InfrastructureError, NotComparableError, RegressionError
@@ -239,7 +241,8 @@ class _Generator:
         return [(given or ["apple"])[index % len(given or [0])] for index in range(count)]
 
     def sample(self, conditions, *, seeds, plan, batch_size, progress):
-        self.used = plan
+        self.used, self.batch, self.conditions_drawn = plan, batch_size, conditions
+        assert len(conditions) == len(seeds)
         return SimpleNamespace(images=np.zeros((len(seeds), 8, 8, 3), dtype=np.uint8))
 
 
@@ -270,6 +273,28 @@ def test_generate_takes_the_steps_that_an_engine_was_distilled_for(monkeypatch, 
     monkeypatch.setattr(pictures, "open_generator", lambda source, variant: generator)
     pictures.generate_pictures("x", tmp_path, range(1), prompts=None, **given)
     assert (generator.used.steps, generator.used.guidance_scale) == used
+
+
+@pytest.mark.parametrize(("batch", "count", "drawn"), [(2, 3, 4), (8, 3, 8), ("dynamic", 3, 3)])
+def test_generate_fills_the_batch_that_an_engine_takes(monkeypatch, tmp_path, batch, count, drawn):
+    generator = _Generator()
+    monkeypatch.setattr(pictures, "open_generator", lambda source, variant: generator)
+    write_json(tmp_path / pictures.MANIFEST, {"export": {"batch": batch}})
+    files = pictures.generate_pictures(str(tmp_path), tmp_path / "out", range(count), prompts=["a", "b", "c"])
+    assert len(files) == len(list((tmp_path / "out").iterdir())) == count
+    assert len(generator.conditions_drawn) == drawn
+    assert generator.batch == (4 if batch == "dynamic" else batch)
+
+
+def test_signs_that_a_code_page_lacks_are_no_bug():
+    def told(script):
+        ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, env=ascii_alone)
+
+    shown = "import diffpress.__main__ as m; m.run = lambda given: print('1.02 (0.98\u2013' + '1.06)'); m.main()"
+    done = told(shown)
+    assert (done.returncode, done.stdout.strip()) == (0, b"1.02 (0.98?1.06)")
+    assert b"UnicodeEncodeError" in told("print('0.98\u2013' + '1.06')").stderr
 
 
 def test_progress_logs_one_line_where_there_is_no_terminal(caplog):

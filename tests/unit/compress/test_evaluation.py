@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from diffpress.compress import evaluation
@@ -98,6 +99,29 @@ def test_lpips_has_a_row_where_its_weights_are_given(recipe: Recipe, monkeypatch
     assert [row.name for row in rows] == ["psnr", "ssim", "lpips"]
     assert rows[-1].mean.value == pytest.approx(0.2)
     assert "lpips" not in [row.name for row in evaluation.paired_metrics(samples, samples)]
+
+
+@pytest.mark.parametrize(("edge", "rows"), [(8, ["psnr"]), (16, ["psnr", "ssim"]), (32, ["psnr", "ssim", "lpips"])])
+def test_small_pictures_have_the_rows_that_they_can_have(monkeypatch, caplog, edge: int, rows: list[str]) -> None:
+    monkeypatch.setattr(evaluation, "lpips", lambda original, engine, weights: np.zeros(len(original)))
+    random = np.random.default_rng(0)
+    original, engine = (
+        Samples(random.integers(0, 255, (4, edge, 40, 3), dtype=np.uint8), latents=None) for _ in range(2)
+    )
+    found = evaluation.paired_metrics(original, engine, lpips_weights="alex.pth")
+    assert [row.name for row in found] == rows
+    assert ("LPIPS is left out: pictures have" in caplog.text) == (edge < 32)
+
+
+def test_a_reference_of_few_pictures_is_found_before_any_work(recipe: Recipe, tmp_path: Path) -> None:
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        wanted = dataclasses.replace(recipe.evaluate, reference=str(tmp_path))
+        if number < 5:
+            with pytest.raises(ConfigError, match=f"has {number + 1} pictures; allowed: 6 or more"):
+                evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=wanted))
+        else:
+            evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=wanted))
 
 
 def test_every_distance_has_a_row_with_intervals(tmp_path: Path) -> None:

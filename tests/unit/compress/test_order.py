@@ -103,9 +103,36 @@ def test_recovery_of_nothing_is_refused(tmp_path, before):
 def test_a_width_that_nothing_has_nested_is_not_taken(tmp_path, before):
     found = problems(tmp_path, *before, "prune.width: {take: 0.5}")
     place = f"stages.{len(before)}.prune.width"
-    what = f"{place}: no widths are nested for take 0.5; allowed: after prune.width with nested"
+    what = f"{place}: take 0.5 is not nested; allowed: after prune.width with nested"
     assert found == [(f"mine.yaml:{3 + len(before)}", what)]
     assert problems(tmp_path, "prune.width: {nested: [1, 0.5]}", "prune.recover", "prune.width: {take: 0.5}") == []
+
+
+def test_a_width_is_one_of_those_that_are_nested(tmp_path):
+    found = problems(tmp_path, "prune.width: {nested: [1, 0.75, 0.5]}", "prune.recover", "prune.width: {take: 0.6}")
+    assert [what for _, what in found] == ["stages.2.prune.width: take 0.6 is not nested; allowed: 1, 0.75, 0.5"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "told", "steps", "why"),
+    [
+        (("prune.steps",), 10, 8, "calibration.steps is 10, and the engine is made for evaluate.steps 8"),
+        (("prune.steps",), 8, 8, None),
+        (("prune.steps",), "null", 8, None),
+        (("prune.schedule: {steps: 6}", "prune.steps"), 10, 8, None),  # it fixes the steps of all runs
+        (("prune.steps",), "null", 1, "a run of 1 step has nothing to use again"),
+        (("distill.reflow: {steps: 1}", "prune.steps"), "null", 8, "a run of 1 step has nothing to use again"),
+    ],
+)
+def test_a_cache_is_for_the_steps_of_the_engine(tmp_path, stages, told, steps, why):
+    file = tmp_path / "mine.yaml"
+    settings = [f"calibration: {{steps: {told}}}", f"evaluate: {{steps: {steps}}}"]
+    file.write_text("\n".join(["model: x", *settings, "stages:", *(f"  - {stage}" for stage in stages)]))
+    if why is None:
+        assert load_recipe(file, methods=ALL).calibration.steps == (None if told == "null" else told)
+    else:
+        with pytest.raises(RecipeError, match=rf"stages\.{len(stages) - 1}\.prune\.steps: {why}"):
+            load_recipe(file, methods=ALL)
 
 
 @pytest.mark.parametrize(

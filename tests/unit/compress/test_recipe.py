@@ -251,6 +251,19 @@ def test_paths_are_found_from_anywhere(tmp_path, monkeypatch, write):
     assert portable_path("recipes/quickstart.yaml") == "recipes/quickstart.yaml"  # in the checkout: stays relative
     assert find_path("recipes/quickstart.yaml#part") == recipes_folder() / "quickstart.yaml"
     assert find_path("nobody/nothing") is None
+    (tmp_path / "set#2").mkdir()
+    (tmp_path / "alex.pth").write_bytes(b"")
+    own = {"lpips": "alex.pth", "features": "inception:alex.pth", "reference": "set#2"}
+    found = load_recipe(write(GOOD + "".join(f"  {key}: '{value}'\n" for key, value in own.items())), methods=METHODS)
+    beside = {"lpips": "alex.pth", "reference": "set#2"}
+    assert {key: getattr(found.evaluate, key) for key in beside} == {
+        key: str(tmp_path / value) for key, value in beside.items()
+    }
+    assert found.evaluate.features == f"inception:{tmp_path / 'alex.pth'}"
+    with pytest.raises(RecipeError, match=r"evaluate\.lpips = 'no\.pth': no such file"):
+        load_recipe(write(GOOD + "  lpips: no.pth\n"), methods=METHODS)
+    (tmp_path / "inception").mkdir()
+    assert load_recipe(write(GOOD + "  features: inception\n"), methods=METHODS).evaluate.features == "inception"
 
 
 def test_shipped_recipes_are_valid_and_say_what_they_do():

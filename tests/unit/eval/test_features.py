@@ -95,6 +95,13 @@ def test_a_pooler_without_weights_is_not_used(tmp_path, caplog):
         ({"size": {"shortest_edge": 28}, "crop_pct": 0.875}, (28, 28), "shortest edge 32, centre crop 28x28"),
         ({"do_resize": False, "do_normalize": False}, (50, 70), "uint8 RGB, (x * 0.0039215686"),
         ({"size": 32, "resample": 2}, (32, 32), "PIL bilinear"),
+        ({"size": 28, "crop_pct": 0.875}, (28, 28), "shortest edge 32, centre crop 28x28"),
+        (
+            {"size": 40, "do_center_crop": True, "crop_size": 32, "feature_extractor_type": "CLIPFeatureExtractor"},
+            (32, 32),
+            "shortest edge 40, centre crop 32x32",
+        ),
+        ({"size": 40, "image_processor_type": "ViTImageProcessor"}, (40, 40), "resize to 40x40"),
     ],
 )
 def test_preprocessing_follows_the_file(settings, shape, words):
@@ -209,6 +216,26 @@ def test_a_users_module_or_function_is_an_extractor(monkeypatch):
         ("user_features", "incomplete"),
         ("no_such_module:x", "cannot be imported"),
     ]:
+        with pytest.raises(ConfigError, match=words):
+            load_extractor(f"module:{target}")
+
+
+def test_a_users_module_is_found_in_the_working_directory_and_its_faults_are_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    for name, text in (
+        ("own_good", "mean = lambda batch: batch.mean(axis=(1, 2))"),
+        ("own_wrong", "def f(:"),
+        ("own_lacks", "import no_such_package"),
+        ("own_asserts", "def f(batch):\n    assert len(batch) > 1"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+    assert load_extractor("module:own_good:mean").dimension == 3
+    for target, words in (
+        ("own_wrong:f", "own_wrong.* cannot be imported: SyntaxError"),
+        ("own_lacks:f", "own_lacks.* cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("own_asserts:f", "fails on one black image .*AssertionError"),
+    ):
         with pytest.raises(ConfigError, match=words):
             load_extractor(f"module:{target}")
 
