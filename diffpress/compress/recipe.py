@@ -22,7 +22,8 @@ from diffpress.export.settings import ExportConfig
 logger = logging.getLogger(__name__)
 
 PRUNING = ("prune.depth", "prune.width", "prune.tokens")  # what changes the network's structure
-_FIXES_STEPS = ("distill.consistency", "distill.reflow", "prune.schedule")
+FIXES_STEPS = ("distill.consistency", "distill.reflow", "prune.schedule")
+"""Stages after which a generator has a grid of steps of its own."""
 _STUDENTS = ("distill.consistency", "distill.guidance", "distill.reflow")
 _ORDER: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (  # what cannot come late, after what, and why
     (
@@ -249,7 +250,7 @@ def _nothing_left(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
 
 def uncacheable(recipe: Recipe, stages: Sequence[StageSpec]) -> Iterator[tuple[int, str]]:
     """(index, what is wrong) of each ``prune.steps`` fitted to other steps than the engine's, or to one alone."""
-    fixed = [spec.config.steps for spec in stages if spec.method in _FIXES_STEPS]
+    fixed = [spec.config.steps for spec in stages if spec.method in FIXES_STEPS]
     for index, spec in enumerate(stages):
         if spec.method != "prune.steps":
             continue
@@ -263,7 +264,7 @@ def uncacheable(recipe: Recipe, stages: Sequence[StageSpec]) -> Iterator[tuple[i
 
 def _warn_of_few_steps(recipe: Recipe) -> None:
     """Say where features are reused over so few steps that neighbours have little in common."""
-    fixed = [spec.config.steps for spec in recipe.stages if spec.method in _FIXES_STEPS]
+    fixed = [spec.config.steps for spec in recipe.stages if spec.method in FIXES_STEPS]
     steps = fixed[-1] if fixed else recipe.evaluate.steps
     for index, spec in enumerate(recipe.stages):
         if spec.method == "prune.steps" and steps < FEW_STEPS:

@@ -23,7 +23,7 @@ from diffpress.compress.assemble import ENGINE, MIB, Found, assemble, now, plain
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.methods import METHODS
 from diffpress.compress.page import write_report
-from diffpress.compress.recipe import Recipe, dump_recipe, find_path, read_prompts
+from diffpress.compress.recipe import FIXES_STEPS, Recipe, dump_recipe, find_path, read_prompts
 from diffpress.compress.report import Latency, Metric, Report
 from diffpress.errors import ArtifactError, ConfigError, NotComparableError, SlowEngineError
 from diffpress.eval.latency import size_on_disk
@@ -69,7 +69,8 @@ class Run:
         for _, stage in self.stages:
             stage.check(self.original, self.target)
         self.original.check_size(evaluation.plan_of(self.recipe))
-        check_export(self.original, self.recipe.export)
+        fixed = any(spec.method in FIXES_STEPS for spec in self.recipe.stages)
+        check_export(self.original, self.recipe.export, fixed=fixed)
         self.original.use_scheduler(self.recipe.evaluate.scheduler)
         evaluation.conditions_of(self.recipe, self.original, self.recipe.evaluate.samples)
         evaluation.check_evaluation(self.recipe)

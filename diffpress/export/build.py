@@ -21,6 +21,8 @@ from diffpress.export.components import (
     Flat,
     find_components,
     flatten_inputs,
+    in_turn,
+    parts_of,
     plain_attention,
     with_masks,
 )
@@ -67,13 +69,13 @@ class Built:
     parity: tuple[Parity, ...]
 
 
-def check_export(generator: Generator, settings: ExportConfig) -> None:
-    """Refuse before any work what cannot be built.
+def check_export(generator: Generator, settings: ExportConfig, *, fixed: bool = False) -> None:
+    """Refuse before any work what cannot be built; ``fixed``: the generator will have timesteps of its own by then.
 
-    Raises ConfigError for a network that cannot be traced, for a free size where the generator has one, for a feature
-    cache that the denoiser or the target cannot have, for a provider that is not on this machine, for bfloat16 that
-    this does not compute in and for 8 bits whose sums would overflow here, MissingDependencyError for a run-time that
-    is not installed.
+    Raises ConfigError for a network that cannot be traced, for weights in another precision than float32, for a free
+    size where the generator has one or the timesteps of its plan follow it, for a feature cache that the denoiser or
+    the target cannot have, for a provider that is not on this machine, for bfloat16 that this does not compute in and
+    for 8 bits whose sums would overflow here, MissingDependencyError for a run-time that is not installed.
     """
     target = find_target(settings.target, dot_products=settings.dot_products)
     if target.overflows_here and not target.simulates:
@@ -82,6 +84,7 @@ def check_export(generator: Generator, settings: ExportConfig) -> None:
             f"export: dot_products true, but this CPU has none (VNNI or AMX), and target {settings.target} would "
             f"overflow here; allowed here: false, null; true for {able}"
         )
+    _check_weights(generator)
     network = type(generator.denoiser).__name__
     check_traceable(generator.denoiser)
     if network in FIXED_BATCH and settings.batch == "dynamic":
@@ -94,6 +97,8 @@ def check_export(generator: Generator, settings: ExportConfig) -> None:
         raise ConfigError(
             f"export: size 'dynamic', but {type(generator.pipeline).__name__} has a fixed size; allowed: static"
         )
+    if not fixed:
+        _check_timesteps(generator, settings)
     if settings.target in ("openvino", "tensorrt") and not _importable(settings.target):
         extra = {"openvino": "openvino", "tensorrt": "gpu"}[settings.target]
         raise MissingDependencyError(settings.target, extra, f"target {settings.target}")
@@ -107,6 +112,28 @@ def check_export(generator: Generator, settings: ExportConfig) -> None:
     if settings.compute == "bfloat16" and not has_bfloat16(device):
         raise ConfigError(
             f"export: compute bfloat16, but {device} of this machine computes in float32; allowed here: float32"
+        )
+
+
+def _check_weights(generator: Generator) -> None:
+    for part in parts_of(generator):
+        weights = getattr(generator.pipeline, part.attribute).parameters()
+        kinds = {weight.dtype for weight in weights if weight.is_floating_point()} - {torch.float32}
+        if kinds:
+            names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+            raise ConfigError(
+                f"export: {part.attribute} has weights in {names}; allowed: float32 (export.compute is the precision "
+                "of the engine)"
+            )
+
+
+def _check_timesteps(generator: Generator, settings: ExportConfig) -> None:
+    scheduler = generator.pipeline.scheduler
+    follow = scheduler.config.get("use_dynamic_shifting") and (generator.plan is None or generator.plan.grid is None)
+    if follow and settings.size == "dynamic" and settings.timesteps == "plan":
+        raise ConfigError(
+            f"export: timesteps 'plan' with size 'dynamic', but the timesteps of {type(scheduler).__name__} follow the "
+            "size (use_dynamic_shifting); allowed: size static, or timesteps any"
         )
 
 
@@ -319,8 +346,7 @@ def _copy_vocabulary(generator: Generator, name: str, folder: Path) -> None:
 
 def _denoiser_calls(generator: Generator, conditions: Sequence[Any], plan: SamplingPlan, count: int) -> list:
     """The calls of one run, as (flat inputs, outputs)."""
-    pool = [conditions[index % len(conditions)] for index in range(count)]
-    calls = generator.record(pool, seeds=range(count), plan=plan)
+    calls = generator.record(in_turn(conditions, count), seeds=range(count), plan=plan)
     return [(flatten_inputs(call.inputs), {"out_sample": call.output}) for call in calls]
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from diffpress.checkpoint import first_lines, quiet_loading
 from diffpress.denoise import first_inputs
-from diffpress.errors import EngineError
+from diffpress.errors import ConfigError, EngineError
 from diffpress.generator import Generator, SamplingPlan, patched
 
 Role = Literal["denoiser", "decoder", "encoder", "text"]
@@ -89,8 +89,9 @@ def flatten_outputs(role: Role, output: Any) -> dict[str, Tensor]:
                 named[key] = value
         return named
     if role == "encoder":
-        if hasattr(output, "latent"):  # of an autoencoder that is not variational
-            return {"latent": output.latent}
+        for name in ("latent", "latents"):  # of an autoencoder that is not variational
+            if hasattr(output, name):
+                return {name: getattr(output, name)}
         return {"latent_parameters": output.latent_dist.parameters}
     tensor = output[0] if isinstance(output, tuple) else output.sample
     return {"out_sample" if role == "denoiser" else "sample": tensor}
@@ -138,28 +139,29 @@ def _spy(
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     role: Role
     folder: str
     attribute: str
     method: str
 
 
-def _parts(generator: Generator) -> list[_Part]:
+def parts_of(generator: Generator) -> list[Part]:
+    """What becomes an engine, in the order of a run, but for the autoencoder's encoder."""
     pipeline = generator.pipeline
     parts = [
-        _Part("text", name, name, "forward")
+        Part("text", name, name, "forward")
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
         if isinstance(getattr(pipeline, name, None), nn.Module)
     ]
-    parts.append(_Part("denoiser", generator.denoiser_name, generator.denoiser_name, "forward"))
+    parts.append(Part("denoiser", generator.denoiser_name, generator.denoiser_name, "forward"))
     if getattr(pipeline, "vae", None) is not None:
-        parts.append(_Part("decoder", "vae_decoder", "vae", "decode"))
+        parts.append(Part("decoder", "vae_decoder", "vae", "decode"))
     return parts
 
 
 @contextmanager
-def _spied(generator: Generator, parts: Iterable[_Part], *, every: bool = False) -> Iterator[dict[str, list]]:
+def _spied(generator: Generator, parts: Iterable[Part], *, every: bool = False) -> Iterator[dict[str, list]]:
     """What `_spy` records of each part inside the block, by folder."""
     seen: dict[str, list] = {part.folder: [] for part in parts}
     with torch.no_grad(), ExitStack() as stack:
@@ -170,7 +172,7 @@ def _spied(generator: Generator, parts: Iterable[_Part], *, every: bool = False)
 
 
 def _watch_once(
-    generator: Generator, parts: list[_Part], conditions: Sequence[Any], plan: SamplingPlan
+    generator: Generator, parts: list[Part], conditions: Sequence[Any], plan: SamplingPlan
 ) -> dict[str, tuple]:
     with _spied(generator, parts) as seen:
         try:
@@ -187,7 +189,7 @@ def _watch_once(
 
 
 def _watch_inputs(
-    generator: Generator, parts: list[_Part], conditions: Sequence[Any], plan: SamplingPlan
+    generator: Generator, parts: list[Part], conditions: Sequence[Any], plan: SamplingPlan
 ) -> list[dict[str, tuple]]:
     """The same of what comes before the denoiser, and its inputs; it does not run itself.
 
@@ -199,6 +201,13 @@ def _watch_inputs(
     return [{name: calls[which] for name, calls in seen.items()} | inputs for which in (0, -1)]
 
 
+def in_turn(conditions: Sequence[Any], count: int) -> list[Any]:
+    """``count`` of the conditions, from the first again after the last. Raises ConfigError where there is none."""
+    if not conditions:
+        raise ConfigError("the list of conditions is empty; allowed: one and more")
+    return [conditions[index % len(conditions)] for index in range(count)]
+
+
 def _repeated(conditions: Sequence[str], times: int) -> list[str]:
     return [", ".join([condition] * times) for condition in conditions]
 
@@ -208,11 +217,11 @@ def find_components(
 ) -> list[Component]:
     """Record the pipeline's parts. ``batch`` None leaves the batch free; ``any_size`` leaves height and width free.
 
-    Raises EngineError when a part is never called, or the generator has a fixed size but ``any_size`` is asked for.
+    Text encoders take any number of prompts, also where ``batch`` is more than one. Raises ConfigError for an empty
+    list, EngineError when a part is never called, or the generator has a fixed size but ``any_size`` is asked for.
     """
-    parts, short = _parts(generator), replace(plan, steps=min(plan.steps, 2))
-    count = batch or 2
-    pool = [conditions[index % len(conditions)] for index in range(count)]
+    parts, short = parts_of(generator), replace(plan, steps=min(plan.steps, 2))
+    pool = in_turn(conditions, batch or 2)
     others: list[tuple[str, dict[str, tuple]]] = []  # what explains an axis that differs is the first of them
     text = generator.conditioning_kind == "text"
     if text:
@@ -222,6 +231,9 @@ def find_components(
         others += [("text", run) for run in _watch_inputs(generator, parts, _repeated(pool, TIMES), short)]
     if batch is None:
         others.append(("batch", _watch_once(generator, parts, pool[:1], short)))
+    elif text and batch > 1:  # pictures may also be of one prompt
+        run = _watch_inputs(generator, parts, pool[:1], short)[0]
+        others.append(("batch", {part.folder: run[part.folder] for part in parts if part.role == "text"}))
     if any_size:
         others.append(("size", _watch_once(generator, parts, pool, _another_size(generator, short))))
     found = [
@@ -244,7 +256,7 @@ def _another_size(generator: Generator, plan: SamplingPlan) -> SamplingPlan:
     return replace(plan, height=height + step, width=width + 2 * step)
 
 
-def _component(part: _Part, main: tuple, others: list[tuple[str, tuple]]) -> Component:
+def _component(part: Part, main: tuple, others: list[tuple[str, tuple]]) -> Component:
     arguments, output = _named(part.role, main[0]), main[1]
     inputs = {
         name: value

@@ -6,7 +6,8 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from diffpress.checkpoint import quiet_loading, stock_class
 from diffpress.errors import ArtifactError, CheckpointError
 from diffpress.export.build import BUFFERS, MANIFEST
 from diffpress.export.cut import PIECES, WHOLE, piece_path
-from diffpress.export.modules import CachedEngineDenoiser, EngineAutoencoder, EngineDenoiser, EngineTextEncoder
+from diffpress.export.modules import (
+    CachedEngineDenoiser,
+    EngineAutoencoder,
+    EngineDenoiser,
+    EngineTextEncoder,
+    refuse_copies,
+)
 from diffpress.export.session import open_session
 from diffpress.sampling import SamplingPlan, guidance_arguments, on_grid
 from diffpress.targets import find_target, overflows
@@ -75,8 +82,11 @@ def load(
     pipeline.providers = {name: next(iter(sessions.values())).provider for name, (sessions, _, _) in parts.items()}
     for name, provider in pipeline.providers.items():
         logger.info("%s runs on %s", name, provider)
+    plan = SamplingPlan(**manifest["plan"])
+    if manifest["export"].get("size") == "static":
+        keep_size(pipeline, plan)
     if manifest.get("distilled"):
-        keep_plan(pipeline, SamplingPlan(**manifest["plan"]))
+        keep_plan(pipeline, plan)
     return pipeline
 
 
@@ -91,17 +101,46 @@ def _warn_of_overflow(target: str, code: int) -> None:
         )
 
 
-def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
-    """Make the plan that a generator was made for the default of its pipeline; other settings are warned of.
+Prepare = Callable[[Any, dict[str, Any]], AbstractContextManager[dict[str, Any]]]
 
-    Its timesteps hold for as many steps, unless the call brings its own.
+
+def _prepare_calls(pipeline: Any, prepare: Prepare) -> None:
+    """Make ``pipeline`` one of a class whose calls run inside ``prepare(pipeline, given)``.
+
+    What that yields is the default of arguments that are not given; None counts as not given.
     """
     kind = type(pipeline)
     signature = inspect.signature(kind.__call__)
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(self, *args, **kwargs).arguments
+        bound = signature.bind_partial(self, *args, **kwargs)
+        given = {name: value for name, value in bound.arguments.items() if value is not None}
+        with prepare(self, given) as defaults:
+            bound.arguments |= {name: value for name, value in defaults.items() if name not in given}
+            return kind.__call__(*bound.args, **bound.kwargs)
+
+    changes = {"__call__": call, "__module__": kind.__module__, "__reduce_ex__": refuse_copies}
+    pipeline.__class__ = type(kind.__name__, (kind,), changes)
+
+
+def keep_size(pipeline: Any, plan: SamplingPlan) -> None:
+    """Make the plan's size, where it has one, the default of a pipeline that takes no other."""
+    known = {"height": plan.height, "width": plan.width, "use_resolution_binning": False}
+    taken = known.keys() & inspect.signature(type(pipeline).__call__).parameters.keys()
+    if plan.height is not None and plan.width is not None and taken >= {"height", "width"}:
+        size = {name: known[name] for name in taken}
+        _prepare_calls(pipeline, lambda *_: nullcontext(size))
+
+
+def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
+    """Make the plan that a generator was made for the default of its pipeline; other settings are warned of.
+
+    Its timesteps hold for as many steps, unless the call brings its own.
+    """
+
+    @contextmanager
+    def prepare(self: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
         count = len(given["prompt"]) if isinstance(given.get("prompt"), list) else None
         known = {"num_inference_steps": plan.steps} | guidance_arguments(self, plan.guidance_scale, count)
         for name, value in known.items():
@@ -109,11 +148,9 @@ def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
                 logger.warning("made for %s=%g, called with %g: expect worse pictures", name, value, given[name])
         own = given.get("num_inference_steps", plan.steps) != plan.steps or given.keys() & {"timesteps", "sigmas"}
         with on_grid(self.scheduler, None if own else plan.grid):
-            return kind.__call__(
-                self, *args, **{name: value for name, value in known.items() if name not in given}, **kwargs
-            )
+            yield known
 
-    pipeline.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    _prepare_calls(pipeline, prepare)
     pipeline.sampling_plan = plan
 
 

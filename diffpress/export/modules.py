@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput, Transformer2DModelOutput
 from torch import Tensor, nn
@@ -45,6 +46,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def refuse_copies(self: Any, protocol: Any) -> NoReturn:
+    """An open engine stays in its process. Raises EngineError."""
+    raise EngineError(
+        f"{type(self).__name__} runs an open engine, which cannot be pickled or copied; allowed: diffpress.load of its "
+        "folder in each process"
+    )
+
+
 class EngineModule(nn.Module):
     """What all stand-ins share: the config of what they replace, and where pipelines look for device and dtype."""
 
@@ -52,6 +61,8 @@ class EngineModule(nn.Module):
         super().__init__()
         self.session = session
         self.config = FrozenDict(config)
+
+    __reduce_ex__ = refuse_copies
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,9 +185,20 @@ class CachedEngineDenoiser(EngineDenoiser):
 class EngineTextEncoder(EngineModule):
     """A CLIP or T5 text encoder."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPooling:
         outputs = self.run({"input_ids": input_ids, "attention_mask": attention_mask})
         hidden = tuple(value for name, value in outputs.items() if name.startswith("hidden_states."))
+        if output_hidden_states and not hidden:
+            raise EngineError(
+                "the engine of the text encoder was made without hidden states, which the pipeline asked for; allowed: "
+                "calls without clip_skip"
+            )
         plain = {name: value for name, value in outputs.items() if not name.startswith("hidden_states.")}
         result = BaseModelOutputWithPooling(
             last_hidden_state=plain.pop("last_hidden_state", None),
@@ -227,6 +249,8 @@ class EngineAutoencoder(nn.Module):
         if self.encoder_engine is None:
             raise EngineError("this engine has no vae_encoder: its pipeline cannot start from a picture")
         found = self.encoder_engine.run({"sample": x})
+        if "latents" in found:
+            return AutoencoderTinyOutput(latents=found["latents"]) if return_dict else (found["latents"],)
         if "latent" in found:
             return EncoderOutput(latent=found["latent"]) if return_dict else (found["latent"],)
         posterior = DiagonalGaussianDistribution(found["latent_parameters"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffpress.errors import ConfigError, EngineError
 from diffpress.export.attribution import KINDS, Kind, Layer, attribute
 from diffpress.export.build import export_part, timesteps_of
-from diffpress.export.components import find_components, flatten_inputs
+from diffpress.export.components import find_components, flatten_inputs, in_turn
 from diffpress.export.parity import open_built
 from diffpress.export.scopes import read_sources
 from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, Session
@@ -147,7 +147,7 @@ def open_denoiser(
     compared with torch. Raises EngineError and ConfigError as an export does.
     """
     batch = None if settings.batch == "dynamic" else settings.batch
-    images = [conditions[index % len(conditions)] for index in range(batch or 1)]
+    images = in_turn(conditions, batch or 1)
     parts = find_components(generator, conditions, plan, batch=batch, any_size=settings.size == "dynamic")
     part = next(part for part in parts if part.role == "denoiser")
     whole = settings.timesteps == "plan"

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from diffpress.caching import CachePolicy, CacheState, cached
 from diffpress.errors import ConfigError
+from diffpress.export.components import in_turn
 from diffpress.export.cut import OUTPUT, PIECES, eight_bit_products, piece_path
 from diffpress.export.modules import CachedEngineDenoiser
 from diffpress.export.parity import Parity, check_precision, compare, open_built, tolerance_of
@@ -79,7 +80,6 @@ def _record(
 ) -> list[_Step]:
     """A run in torch with the policy."""
     steps: list[_Step] = []
-    pool = [conditions[index % len(conditions)] for index in range(count)]
     with cached(generator.denoiser, policy) as caches:
 
         def see(call: Call) -> None:
@@ -89,7 +89,7 @@ def _record(
             )
 
         with generator.watch(see):
-            generator.draw(pool, seeds=range(count), plan=plan)
+            generator.draw(in_turn(conditions, count), seeds=range(count), plan=plan)
     if caches.unknown:
         fitted = ", ".join(f"{timestep:g}" for timestep in policy.timesteps)
         raise ConfigError(

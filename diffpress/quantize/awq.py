@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -59,11 +59,14 @@ def channel_scales(x: Tensor, exponent: float) -> Tensor:
 
 
 @torch.no_grad()
-def best_scales(x: Tensor, weights: Sequence[Tensor], form: Form) -> Tensor:
-    """argmin over rho of sum_W ||X (Q(W s) / s - W)ᵀ||²; x [rows, in], every W [out, in] reads x. rho = 0 is s = 1."""
+def best_scales(x: Tensor, readers: Sequence[tuple[Tensor, Tensor]], form: Form) -> Tensor:
+    """argmin over rho of sum_i ||X_i (Q(W_i s) / s - W_i)ᵀ||², s of x [rows, in]; rho = 0 is s = 1.
+
+    ``readers``: the X_i [rows, in] that each W_i [out, in] reads.
+    """
     candidates = [channel_scales(x, exponent) for exponent in EXPONENTS]
     errors = [
-        sum(float((x @ (dequantized(weight * s, form) / s - weight).T).square().sum()) for weight in weights)
+        sum(float((rows @ (dequantized(weight * s, form) / s - weight).T).square().sum()) for rows, weight in readers)
         for s in candidates
     ]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
@@ -102,20 +105,18 @@ def balance(folds: Sequence[Fold], layers: dict[str, Any], seen: dict[str, Rows]
     """Fold the best scales of every fold whose consumers are all among ``layers``; rows that were seen follow."""
     names = {id(layer): name for name, layer in layers.items() if name in seen and isinstance(layer, nn.Linear)}
     for fold in folds:
-        readers = [names.get(id(consumer)) for consumer in fold.consumers]
-        if None in readers:
+        if not all(id(consumer) in names for consumer in fold.consumers):
             continue
-        first = readers[0]
-        assert first is not None
-        s = best_scales(seen[first].values, [consumer.weight for consumer in fold.consumers], form)
+        rows = [seen[names[id(consumer)]] for consumer in fold.consumers]
+        readers = [(x.values, consumer.weight) for x, consumer in zip(rows, fold.consumers, strict=True)]
+        s = best_scales(torch.cat([x for x, _ in readers[: fold.parts]]), readers, form)
         apply_fold(fold, s)
-        for name in readers:
-            assert name is not None
-            seen[name].values = seen[name].values / s
+        for x in rows:
+            x.values = x.values / s
 
 
 def find_text_folds(model: nn.Module) -> list[Fold]:
-    """Folds in the blocks of transformers' CLIP and T5 text encoders, found by their parts, in order of execution."""
+    """Whole folds in the blocks of transformers' CLIP and T5 text encoders, found by their parts, as they run."""
     folds: list[Fold] = []
     for name, module in model.named_modules():
         parts = dict(module.named_children())
@@ -123,27 +124,31 @@ def find_text_folds(model: nn.Module) -> list[Fold]:
             folds += _clip_folds(name, module)
         elif {"SelfAttention", "layer_norm"} <= parts.keys():
             attention, norm = parts["SelfAttention"], parts["layer_norm"]
-            folds.append(Fold(f"{name}.norm", (attention.q, attention.k, attention.v), partial(_divide_norm, norm)))
-            folds.append(Fold(f"{name}.o", (attention.o,), partial(divide_rows, attention.v)))
+            folds.append(_fold(f"{name}.norm", _divide_norm, norm, attention.q, attention.k, attention.v))
+            folds.append(_fold(f"{name}.o", divide_rows, attention.v, attention.o))
         elif {"DenseReluDense", "layer_norm"} <= parts.keys():
             dense, norm = parts["DenseReluDense"], parts["layer_norm"]
             folds += _t5_feed_forward(name, dense, norm)
-    return folds
+    return [fold for fold in folds if fold.whole]
+
+
+def _fold(name: str, divide: Callable[[Any, Tensor], None], producer: Any, *consumers: Any) -> Fold:
+    return Fold(name, consumers, partial(divide, producer), producers=(producer,))
 
 
 def _clip_folds(name: str, block: Any) -> Iterator[Fold]:
     attention = block.self_attn
     queries = (attention.q_proj, attention.k_proj, attention.v_proj)
-    yield Fold(f"{name}.layer_norm1", queries, partial(divide_affine, block.layer_norm1))
-    yield Fold(f"{name}.out_proj", (attention.out_proj,), partial(divide_rows, attention.v_proj))
-    yield Fold(f"{name}.layer_norm2", (block.mlp.fc1,), partial(divide_affine, block.layer_norm2))
+    yield _fold(f"{name}.layer_norm1", divide_affine, block.layer_norm1, *queries)
+    yield _fold(f"{name}.out_proj", divide_rows, attention.v_proj, attention.out_proj)
+    yield _fold(f"{name}.layer_norm2", divide_affine, block.layer_norm2, block.mlp.fc1)
 
 
 def _t5_feed_forward(name: str, dense: Any, norm: Any) -> Iterator[Fold]:
     gated = hasattr(dense, "wi_1")
-    yield Fold(f"{name}.norm", (dense.wi_0, dense.wi_1) if gated else (dense.wi,), partial(_divide_norm, norm))
+    yield _fold(f"{name}.norm", _divide_norm, norm, *((dense.wi_0, dense.wi_1) if gated else (dense.wi,)))
     if gated:
-        yield Fold(f"{name}.wo", (dense.wo,), partial(divide_rows, dense.wi_1))
+        yield _fold(f"{name}.wo", divide_rows, dense.wi_1, dense.wo)
 
 
 def _divide_norm(norm: Any, r: Tensor) -> None:

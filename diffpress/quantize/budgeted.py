@@ -10,6 +10,7 @@ from diffpress.generator import Call, Generator
 from diffpress.progress import Progress
 from diffpress.quantize.choice import Decision, Kind, Precision, costs_of, decide
 from diffpress.quantize.modules import QuantizedLayer
+from diffpress.quantize.scaled import LAYER
 from diffpress.quantize.sensitivity import errors_in_context, output_error, probe_calls, swapped
 from diffpress.stage import Context
 
@@ -60,7 +61,8 @@ def decided_together(leaders: Mapping[str, str], names: Sequence[str]) -> list[l
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        groups.setdefault((name.rpartition(".")[0], leaders[name]), []).append(name)
+        module = name.removesuffix(f".{LAYER}").rpartition(".")[0]
+        groups.setdefault((module, leaders[name]), []).append(name)
     return list(groups.values())
 
 

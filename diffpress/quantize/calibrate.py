@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpress.errors import ParityError
+from diffpress.errors import ConfigError, ParityError
 from diffpress.generator import Generator
 from diffpress.layer_inputs import pre_hooks
 from diffpress.quantize.modules import QuantizedLayer
@@ -18,6 +18,14 @@ from diffpress.stage import Context
 
 SENSITIVITY_SAMPLES = 2
 FOLD_TOLERANCE = 1e-3  # float32 in another order of operations
+
+
+def check_float32(method: str, network: nn.Module) -> None:
+    """Raise ConfigError that names ``method`` for a network with weights in another type than float32."""
+    found = {weight.dtype for weight in network.parameters() if weight.is_floating_point()} - {torch.float32}
+    if found:
+        kinds = ", ".join(sorted(str(dtype) for dtype in found))
+        raise ConfigError(f"{method}: {type(network).__name__} has weights in {kinds}; allowed: torch.float32")
 
 
 def observe_ranges(layers: Mapping[str, nn.Module], generator: Generator, context: Context) -> dict[str, Histogram]:

@@ -33,6 +33,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor, nn
 
+from diffpress.quantize.scaled import inner
 from diffpress.structures import gated_layers
 
 
@@ -49,6 +50,14 @@ class Fold:
     subtract: Callable[[Tensor], None] | None = None
     parts: int = 1
     """How many of the consumers, the first, read rows of their own; all others read what one of these does."""
+    producers: tuple[Any, ...] = ()
+    """The layers that ``divide`` and ``subtract`` change."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether each of its layers has a weight to change: none is in codes, and no consumer behind a factor."""
+        layers = (*self.producers, *self.consumers)
+        return all(isinstance(getattr(layer, "weight", None), nn.Parameter) for layer in layers)
 
     @property
     def shifts(self) -> bool:
@@ -71,33 +80,32 @@ def divide_affine(norm: Any, r: Tensor) -> None:
         norm.bias.div_(r)
 
 
-def divide_modulation(linear: nn.Linear, r: Tensor, *, shift: int, scale: int, parts: int = 6) -> None:
-    """(1 + scale) / r and shift / r for LN(x) (1 + scale) + shift, where ``linear`` gives ``parts`` equal chunks.
+def divide_modulation(linear: nn.Linear, r: Tensor, *, shift: int, scale: int) -> None:
+    """(1 + scale) / r and shift / r for LN(x) (1 + scale) + shift, where ``linear`` gives chunks as long as r.
 
     Rows of scale: W / r and (1 + b) / r - 1; rows of shift: W / r and b / r.
     """
-    size = linear.out_features // parts
+    size = len(r)
     for index, one in ((shift, 0.0), (scale, 1.0)):
         rows = slice(index * size, (index + 1) * size)
         linear.weight[rows] /= r[:, None]
         linear.bias[rows] = (one + linear.bias[rows]) / r - one
 
 
-def divide_rows(linear: nn.Linear, r: Tensor, *, first: int = 0) -> None:
-    """Divide the output channels first .. first + len(r) of a Linear."""
-    rows = slice(first, first + len(r))
-    linear.weight[rows] /= r[:, None]
+def divide_rows(linear: nn.Linear, r: Tensor) -> None:
+    """Divide the first len(r) output channels of a Linear."""
+    linear.weight[: len(r)] /= r[:, None]
     if linear.bias is not None:
-        linear.bias[rows] /= r
+        linear.bias[: len(r)] /= r
 
 
-def subtract_bias(layer: Any, b: Tensor, *, first: int = 0) -> None:
-    """Take b from the output channels first .. first + len(b) of a Linear or norm with a bias."""
-    layer.bias[first : first + len(b)] -= b
+def subtract_bias(layer: Any, b: Tensor, *, chunk: int = 0) -> None:
+    """Take b from the bias of a Linear or norm, or from that chunk of it that is as long as b."""
+    layer.bias[chunk * len(b) : (chunk + 1) * len(b)] -= b
 
 
 def find_folds(model: nn.Module) -> list[Fold]:
-    """Every fold in the model's stock blocks, in the order of execution."""
+    """Every whole fold in the model's stock blocks, in the order of execution."""
     folds: list[Fold] = []
     for name, module in model.named_modules():
         if isinstance(module, BasicTransformerBlock):
@@ -114,7 +122,7 @@ def find_folds(model: nn.Module) -> list[Fold]:
             folds += _gated_folds(name, module)
         elif isinstance(module, Transformer2DModel) and getattr(module, "norm", None) is not None:
             folds.append(_affine_fold(f"{name}.norm", module.norm, (module.proj_in,)))
-    return folds
+    return [fold for fold in folds if fold.whole]
 
 
 def _block_folds(name: str, block: BasicTransformerBlock) -> Iterator[Fold]:
@@ -123,23 +131,22 @@ def _block_folds(name: str, block: BasicTransformerBlock) -> Iterator[Fold]:
     mlp = isinstance(block.ff, FeedForward)
     if isinstance(block.norm1, AdaLayerNormZero) and block.norm1.linear.bias is not None:
         if attention:
-            yield _modulated_fold(f"{name}.norm1", block.norm1.linear, _queries(block.attn1), shift=0, scale=1)
+            yield _modulated_fold(f"{name}.norm1", block.norm1.linear, _readers(block.attn1), shift=0, scale=1)
             yield _value_fold(f"{name}.attn1", block.attn1)
         if mlp:
             yield _modulated_fold(f"{name}.norm3", block.norm1.linear, _first(block.ff), shift=3, scale=4)
     elif block.use_layer_norm and block.norm_elementwise_affine:
         if attention:
-            yield _affine_fold(f"{name}.norm1", block.norm1, _queries(block.attn1))
+            yield _affine_fold(f"{name}.norm1", block.norm1, _readers(block.attn1))
             yield _value_fold(f"{name}.attn1", block.attn1)
         if cross:
-            own = _queries(block.attn2) if block.attn2.cross_attention_dim is None else (block.attn2.to_q,)
-            yield _affine_fold(f"{name}.norm2", block.norm2, own)
+            yield _affine_fold(f"{name}.norm2", block.norm2, _readers(block.attn2))
             yield _value_fold(f"{name}.attn2", block.attn2)
         if mlp:
             yield _affine_fold(f"{name}.norm3", block.norm3, _first(block.ff))
     if mlp and isinstance(block.ff.net[0], GEGLU | SwiGLU):
         gated = block.ff.net[0].proj  # its first half is multiplied by the activated second half
-        yield Fold(f"{name}.ff.net.2", (block.ff.net[2],), lambda r: divide_rows(gated, r))
+        yield _rows_fold(f"{name}.ff.net.2", gated, block.ff.net[2])
 
 
 def _joint_folds(name: str, block: Any) -> Iterator[Fold]:
@@ -181,13 +188,13 @@ def _gated_folds(name: str, block: Any) -> Iterator[Fold]:
         key, attention, norm = "attn", block.attn, getattr(block.norm1, "norm", block.norm1)  # beside its modulation
     if _is_plain(attention):
         yield _affine_fold(f"{name}.{key}.to_q", norm, _queries(attention))
-        if attention.to_v.out_features == attention.to_out[0].in_features:
+        if attention.inner_kv_dim == attention.inner_dim:
             yield _value_fold(f"{name}.{key}", attention)
     layers = gated_layers(block.feed_forward)
     if layers is not None:
         first, gate, last = layers.values()
         yield _affine_fold(f"{name}.ffn_norm1", block.ffn_norm1, (first, gate))
-        yield Fold(f"{name}.feed_forward.{list(layers)[2]}", (last,), partial(divide_rows, gate))
+        yield _rows_fold(f"{name}.feed_forward.{list(layers)[2]}", gate, last)
 
 
 def _is_plain(attention: Any) -> bool:
@@ -200,30 +207,33 @@ def _queries(attention: Any) -> tuple[Any, ...]:
     return attention.to_q, attention.to_k, attention.to_v
 
 
+def _readers(attention: Attention) -> tuple[Any, ...]:
+    """Of what the block gives it: without keys and values where these read the text."""
+    return (attention.to_q,) if attention.is_cross_attention else _queries(attention)
+
+
 def _first(mlp: FeedForward) -> tuple[Any, ...]:
     return (mlp.net[0].proj,)  # type: ignore[return-value]
 
 
 def _affine_fold(name: str, norm: Any, consumers: tuple[Any, ...]) -> Fold:
-    return Fold(
-        name, consumers, partial(divide_affine, norm), None if norm.bias is None else partial(subtract_bias, norm)
-    )
+    subtract = None if norm.bias is None else partial(subtract_bias, norm)
+    return Fold(name, consumers, partial(divide_affine, norm), subtract, producers=(norm,))
 
 
 def _modulated_fold(name: str, linear: nn.Linear, consumers: tuple[Any, ...], *, shift: int, scale: int) -> Fold:
-    channels = consumers[0].in_features
-    parts = linear.out_features // channels
-    return Fold(
-        name,
-        consumers,
-        partial(divide_modulation, linear, shift=shift, scale=scale, parts=parts),
-        partial(subtract_bias, linear, first=shift * channels),
-    )
+    divide = partial(divide_modulation, linear, shift=shift, scale=scale)
+    return Fold(name, consumers, divide, partial(subtract_bias, linear, chunk=shift), producers=(linear,))
+
+
+def _rows_fold(name: str, gate: Any, consumer: Any) -> Fold:
+    producer = inner(gate)
+    return Fold(name, (consumer,), partial(divide_rows, producer), producers=(producer,))
 
 
 def _value_fold(name: str, attention: Any) -> Fold:
     """The weights of an attention sum to one, so that a shift of all values shifts its output."""
-    values = [value for value in (attention.to_v, getattr(attention, "add_v_proj", None)) if value is not None]
+    values = [inner(value) for value in (attention.to_v, getattr(attention, "add_v_proj", None)) if value is not None]
     outputs = (attention.to_out[0], getattr(attention, "to_add_out", None))
     consumers = tuple(output for output in outputs if output is not None)
 
@@ -236,7 +246,8 @@ def _value_fold(name: str, attention: Any) -> Fold:
             subtract_bias(value, b)
 
     biased = all(value.bias is not None for value in values)
-    return Fold(f"{name}.to_out", consumers, divide, subtract if biased else None, parts=len(consumers))
+    shifting = subtract if biased else None
+    return Fold(f"{name}.to_out", consumers, divide, shifting, parts=len(consumers), producers=tuple(values))
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +14,7 @@ from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.quantize.adaround import AdaRoundSettings
 from diffpress.quantize.budgeted import decide_precisions, decided_together, decision_facts, find_candidates
-from diffpress.quantize.calibrate import layer_errors
+from diffpress.quantize.calibrate import check_float32, layer_errors
 from diffpress.quantize.choice import Decision, Kind, Precision
 from diffpress.quantize.modules import Activation, QuantizedLayer, keep_float, quantized, zero_padded
 from diffpress.quantize.moments import shared_inputs
@@ -23,7 +22,7 @@ from diffpress.quantize.observers import Observer
 from diffpress.quantize.online import matches
 from diffpress.quantize.sensitivity import output_error
 from diffpress.quantize.split import find_splits, split
-from diffpress.quantize.twins import make_twins, static_activations
+from diffpress.quantize.twins import make_twins, reached_layers, static_activations
 from diffpress.stage import Applied, Context
 from diffpress.targets import REDUCED_RANGE, TARGETS, Target
 from diffpress.traceable import unread
@@ -142,12 +141,20 @@ class Int8:
         return target.quantizes_convolutions if chosen is None else chosen
 
     def check(self, generator: Generator, target: Target) -> None:
-        """Raises ConfigError for what the target cannot run, a skip that matches nothing, a second quantization."""
-        names = [name for name, _ in generator.denoiser.named_modules()]
+        """Raises ConfigError for what the target cannot run, a skip that matches nothing, a second quantization.
+
+        And for a denoiser that is not in float32.
+        """
+        check_float32("quantize.int8", generator.denoiser)
+        if any(isinstance(module, QuantizedLayer) for module in generator.denoiser.modules()):
+            raise ConfigError("quantize.int8: the denoiser is quantized already")
+        modules = generator.denoiser.named_modules()
+        names = [name for name, module in modules if isinstance(module, nn.Linear | nn.Conv2d)]
         for pattern in self.config.skip:
-            if not fnmatch.filter(names, pattern):
+            if not any(matches(name, (pattern,)) for name in names):
                 raise ConfigError(
-                    f"quantize.int8: skip {pattern!r} matches no layer of {type(generator.denoiser).__name__}"
+                    f"quantize.int8: skip {pattern!r} matches no Linear or Conv2d of "
+                    f"{type(generator.denoiser).__name__}"
                 )
         if self.config.activations == "dynamic" and not target.dynamic:
             able = ", ".join(name for name, other in TARGETS.items() if other.dynamic)
@@ -169,8 +176,6 @@ class Int8:
                 "quantize.int8: a budget needs latencies of the CPU that the engine is for, and by export.dot_products "
                 "that is not this one; allowed: no budget, or dot_products false or null"
             )
-        if any(isinstance(module, QuantizedLayer) for module in generator.denoiser.modules()):
-            raise ConfigError("quantize.int8: the denoiser is quantized already")
         if not self.layers(generator.denoiser, target):
             raise ConfigError(f"quantize.int8: no layer of {type(generator.denoiser).__name__} is left to quantize")
 
@@ -234,6 +239,8 @@ class Int8:
             activations = static_activations(generator, layers, leaders, context, self.config)
             layers = {name: layers[name] for name in activations}
             found["static"] = make_twins(generator, layers, leaders, activations, context, self.config)
+        else:
+            layers = reached_layers(generator, layers, context)
         if self.config.activations == "dynamic" or (self.config.budget and target.dynamic_here):
             linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
             activations = {name: Activation(target, dynamic=True) for name in linear}

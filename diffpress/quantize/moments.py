@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffpress.generator import Generator
 from diffpress.layer_inputs import columns, groups, positions, pre_hooks, rows_at, rows_per_call
+from diffpress.quantize.scaled import Scaled
 from diffpress.stage import Context
 
 _ROUNDING = 1e-6  # of a second moment in float32: a variance below it is none
@@ -72,14 +73,21 @@ class Moments:
 
 
 def shared_inputs(generator: Generator, layers: Mapping[str, nn.Module], context: Context) -> dict[str, str]:
-    """For each layer, the first one that read the very same tensor in one recorded call (itself, mostly)."""
+    """For each layer, the first one that read the very same tensor in one recorded call (itself, mostly).
+
+    Layers behind factors have read the same where tensor and factors are the same.
+    """
     first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
     leaders = {name: name for name in layers}
+    scaled = {id(module.layer): module for module in generator.denoiser.modules() if isinstance(module, Scaled)}
+    readers: dict[str, nn.Module] = {name: scaled.get(id(layer), layer) for name, layer in layers.items()}
 
     def see(name: str, x: Tensor) -> None:
-        leaders[name] = first.setdefault(x, name)
+        reader = readers[name]
+        factor = tuple(reader.factor.flatten().tolist()) if isinstance(reader, Scaled) else None
+        leaders[name] = first.setdefault(x, {}).setdefault(factor, name)
 
-    with pre_hooks(layers, see):
+    with pre_hooks(readers, see):
         generator.record(context.conditions[:1], seeds=context.seeds[:1], plan=context.plan, limit=1)
     return leaders
 

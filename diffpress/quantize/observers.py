@@ -67,12 +67,12 @@ def choose_range(
 ) -> tuple[float, float]:
     """The range [low, high], low <= 0 <= high, that an 8-bit quantizer shall cover.
 
-    ``minmax`` covers everything; ``percentile`` cuts the same share off each tail; ``mse`` minimizes the expected
-    squared error of rounding and clipping over the histogram (ranges shrunk from either end, as in Q-Diffusion, Li et
-    al. 2023); ``entropy`` minimizes the divergence of the rounded distribution from the clipped one (Migacz 2017).
-    ``symmetric`` quantizers cover [-m, m], m = max(-low, high).
+    ``minmax`` covers everything, and so does a ``percentile`` of 100; others cut the same share off each tail; ``mse``
+    minimizes the expected squared error of rounding and clipping over the histogram (ranges shrunk from either end, as
+    in Q-Diffusion, Li et al. 2023); ``entropy`` minimizes the divergence of the rounded distribution from the clipped
+    one (Migacz 2017). ``symmetric`` quantizers cover [-m, m], m = max(-low, high).
     """
-    if observer == "minmax" or histogram.limit == 0:
+    if observer == "minmax" or (observer == "percentile" and percentile == 100) or histogram.limit == 0:
         return histogram.low, histogram.high
     if observer == "percentile":
         return _percentile_range(histogram, percentile)

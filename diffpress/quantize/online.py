@@ -16,25 +16,8 @@ from torch import Tensor, nn
 from diffpress.generator import Generator
 from diffpress.quantize.folds import Fold
 from diffpress.quantize.moments import shared_inputs
+from diffpress.quantize.scaled import LAYER, Scaled
 from diffpress.stage import Context
-
-LAYER = "layer"  # what `Scaled` calls what it holds
-
-
-class Scaled(nn.Module):
-    """layer(x * factor): a Linear or Conv2d whose input channels are multiplied first."""
-
-    factor: Tensor
-
-    def __init__(self, layer: Any, factor: Tensor) -> None:
-        """``factor``: [channels]."""
-        super().__init__()
-        taps = [1] * (layer.weight.ndim - 2)
-        self.register_buffer("factor", factor.to(layer.weight).reshape(-1, *taps))
-        self.layer = layer
-
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        return self.layer(x * self.factor)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
-from diffpress.quantize.calibrate import same_function
+from diffpress.quantize.calibrate import check_float32, same_function
 from diffpress.quantize.folds import Fold, apply_fold, find_folds
 from diffpress.quantize.streams import Accumulator, Extremes, Rows, observe_folds
 from diffpress.stage import Applied, Context
@@ -82,7 +82,8 @@ class Reparam:
         self.config = config
 
     def check(self, generator: Generator, target: Target) -> None:
-        """Raises ConfigError when the denoiser has no norm to fold into."""
+        """Raises ConfigError when the denoiser is not in float32 or has no norm to fold into."""
+        check_float32("quantize.reparam", generator.denoiser)
         if not find_folds(generator.denoiser):
             raise ConfigError(
                 f"quantize.reparam: {type(generator.denoiser).__name__} has none of the blocks it can fold into "

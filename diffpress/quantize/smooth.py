@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffpress.config import config
 from diffpress.generator import Generator
-from diffpress.quantize.calibrate import same_function
+from diffpress.quantize.calibrate import check_float32, same_function
 from diffpress.quantize.folds import Fold, apply_fold, find_folds
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation, weight_codes
@@ -142,7 +142,11 @@ class Smooth:
         self.config = config
 
     def check(self, generator: Generator, target: Target) -> None:
-        """Nothing is refused: a denoiser without a place to fold into is left as it is, and the report says so."""
+        """Raises ConfigError for a denoiser that is not in float32.
+
+        One without a place to fold into is left as it is, and the report says so.
+        """
+        check_float32("quantize.smooth", generator.denoiser)
 
     def apply(self, generator: Generator, context: Context) -> Applied:
         denoiser, target = generator.denoiser, context.target

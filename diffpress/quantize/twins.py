@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from diffpress.generator import Generator
-from diffpress.layer_inputs import summable
+from diffpress.layer_inputs import pre_hooks, summable
 from diffpress.quantize.adaround import Workshop, adaround_codes, best_rows
 from diffpress.quantize.blocks import reconstruct_blocks
 from diffpress.quantize.calibrate import observe_ranges
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_PICTURES = 2  # of a call that a block is reconstructed on: of few pictures a block learns these by heart
 
+_NOT_REACHED = "quantize.int8: %s saw only zeros in calibration, or was never called: left in float"
+
 Layers = Mapping[str, nn.Module]
 
 
@@ -45,7 +47,7 @@ def static_activations(
     for name, leader in leaders.items():
         histogram = histograms[leader]
         if histogram.limit == 0:
-            logger.warning("quantize.int8: %s saw only zeros in calibration, or was never called: left in float", name)
+            logger.warning(_NOT_REACHED, name)
             continue
         low, high = choose_range(
             histogram, config.observer, percentile=config.percentile, symmetric=context.target.symmetric
@@ -53,6 +55,22 @@ def static_activations(
         activations[name] = Activation(context.target)
         activations[name].set_range(low, high, context.target)
     return activations
+
+
+def reached_layers(generator: Generator, layers: Layers, context: Context) -> dict[str, nn.Module]:
+    """The layers that read anything but zeros while the first condition is sampled."""
+    found: set[str] = set()
+
+    def see(name: str, x: Tensor) -> None:
+        if name not in found and bool(x.any()):
+            found.add(name)
+
+    first = dataclasses.replace(context, conditions=context.conditions[:1], seeds=context.seeds[:1])
+    with pre_hooks(layers, see):
+        first.run(generator, "Calibrating: which layers are reached")
+    for name in layers.keys() - found:
+        logger.warning(_NOT_REACHED, name)
+    return {name: layer for name, layer in layers.items() if name in found}
 
 
 def make_twins(

@@ -15,7 +15,7 @@ from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.layer_inputs import summable
 from diffpress.quantize.awq import balance, best_clip, find_text_folds, relative_error, watching
-from diffpress.quantize.calibrate import same_function
+from diffpress.quantize.calibrate import check_float32, same_function
 from diffpress.quantize.folds import find_folds
 from diffpress.quantize.modules import QuantizedLayer, kept_float
 from diffpress.quantize.moments import collect_moments, shared_inputs
@@ -100,8 +100,12 @@ class Weights:
         }
 
     def check(self, generator: Generator, target: Target) -> None:
-        """Raises ConfigError for what the target cannot run, patterns that match nothing, and groups that don't fit."""
+        """Raises ConfigError for what the target cannot run, patterns that match nothing, and groups that don't fit.
+
+        And for a component that is not in float32.
+        """
         component = generator.part(self.config.component)
+        check_float32("quantize.weights", component)
         bits, group = self.config.bits, self.config.group
         if group is not None and group not in GROUPS[target.name][bits]:
             able = ", ".join(name for name, groups in GROUPS.items() if group in groups[bits])
@@ -138,7 +142,7 @@ class Weights:
             context.run(generator, "Calibrating: observing inputs")
         if self.config.awq:
             with same_function("quantize.weights", generator, context):
-                balance(_folds(component), chosen, seen, form)
+                balance([*find_folds(component), *find_text_folds(component)], chosen, seen, form)
         errors: dict[str, float] = {}
         for name, twin in self._twins(generator, chosen, form, seen, context):
             if name in seen:
@@ -255,14 +259,6 @@ def _check_groups(chosen: dict[str, nn.Linear | nn.Embedding], group: int | None
             f"quantize.weights: group {group} does not divide the {first.in_features} input channels of {wrong[0]}"
             f"{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}; allowed: a divisor, null, or skip the layer"
         )
-
-
-def _folds(component: nn.Module) -> list[Any]:
-    """Where scales can be folded; nowhere once anything is quantized, for a fold may have to change that."""
-    coded = QuantizedLayer | WeightOnlyLinear | WeightOnlyEmbedding
-    if any(isinstance(module, coded) for module in component.modules()):
-        return []
-    return [*find_folds(component), *find_text_folds(component)]
 
 
 def _bytes(module: nn.Module) -> int:

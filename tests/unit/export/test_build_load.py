@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -246,15 +245,6 @@ def test_a_graph_without_its_quantizers(ddpm, context, monkeypatch, tmp_path):
         spoiled(ddpm, context, tmp_path / "engine", monkeypatch, lambda self, x: x)
 
 
-def test_the_size_of_the_settings_is_that_of_the_plan(sd, plan, tmp_path):
-    settings = ExportConfig(target="openvino", height=32, width=48)
-    export(sd, tmp_path, settings, plan=plan, conditions=sd.conditions(2))
-    assert json.loads((tmp_path / "diffpress.json").read_text())["plan"]["width"] == 48
-    graph = onnx.load(tmp_path / "unet" / "model.onnx", load_external_data=False).graph
-    sides = [value.dim_value for value in graph.input[0].type.tensor_type.shape.dim[2:]]
-    assert sides == [32 // sd.pipeline.vae_scale_factor, 48 // sd.pipeline.vae_scale_factor]
-
-
 def test_a_network_that_was_made_in_memory_comes_back_as_its_class(plan, tmp_path, relative):
     generator = Generator(make("qwen"))
     assert "_class_name" not in generator.denoiser.config
@@ -271,6 +261,28 @@ def test_what_cannot_be_built_is_refused_first(dit, monkeypatch):
     monkeypatch.setattr(build, "_importable", lambda package: False)
     with pytest.raises(MissingDependencyError, match=r"pip install 'diffpress\[openvino\]'"):
         check_export(dit, ExportConfig(target="openvino"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_weights_in_another_precision_are_refused_first(ddpm, context, dtype):
+    ddpm.pipeline.unet.conv_in.to(getattr(torch, dtype))
+    with pytest.raises(ConfigError, match=f"unet has weights in {dtype}; allowed: float32"):
+        check_export(ddpm, ExportConfig())
+    ddpm.pipeline.unet.conv_in.float()
+    Int8(Int8Config()).apply(ddpm, context(ddpm))
+    check_export(ddpm, ExportConfig())
+
+
+def test_timesteps_that_follow_the_size_are_refused_first():
+    generator, settings = Generator(make("flux")), ExportConfig(size="dynamic", timesteps="plan")
+    check_export(generator, settings)
+    generator.pipeline.scheduler.register_to_config(use_dynamic_shifting=True)
+    with pytest.raises(ConfigError, match=r"follow the size .* allowed: size static, or timesteps any"):
+        check_export(generator, settings)
+    for other in (ExportConfig(size="dynamic"), ExportConfig(timesteps="plan")):
+        check_export(generator, other)
+    generator.plan = SamplingPlan(steps=2, timesteps=(999, 300))
+    check_export(generator, settings)
 
 
 def test_networks_that_cannot_be_traced_are_refused_first():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from families import make
 
-from diffpress.errors import EngineError
-from diffpress.export.components import Component, Flat, find_components, flatten_inputs, with_masks
+from diffpress.errors import ConfigError, EngineError
+from diffpress.export.components import Component, Flat, find_components, flatten_inputs, in_turn, with_masks
 from diffpress.export.graph import export_graph
 from diffpress.export.session import OnnxRuntimeSession
 from diffpress.generator import Generator, SamplingPlan
@@ -65,6 +65,20 @@ def test_a_fixed_batch_leaves_nothing_free(dit, plan):
     assert not any(axes for part in components for axes in part.free.values())
     batches = {part.folder: len(next(iter(part.flat_inputs().values()))) for part in components}
     assert batches == {"transformer": 6, "vae_decoder": 3, "vae_encoder": 3}  # guidance doubles the denoiser's
+
+
+def test_text_encoders_take_any_number_of_prompts(sd, plan):
+    parts = {part.folder: part for part in find_components(sd, ["a cat"], plan, batch=2, any_size=False)}
+    assert parts.pop("text_encoder").free == {"input_ids": BATCH}
+    assert not any(axes for part in parts.values() for axes in part.free.values())
+    alone = find_components(sd, ["a cat"], plan, batch=1, any_size=False)
+    assert not any(axes for part in alone for axes in part.free.values())
+
+
+def test_conditions_in_turn(sd, plan):
+    assert in_turn(["a", "b"], 3) == ["a", "b", "a"]
+    with pytest.raises(ConfigError, match="list of conditions is empty; allowed: one and more"):
+        find_components(sd, [], plan, batch=None, any_size=False)
 
 
 def test_another_size_where_there_is_one_only(dit, plan):

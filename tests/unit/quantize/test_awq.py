@@ -18,7 +18,7 @@ from diffpress.quantize.awq import (
     relative_error,
     watching,
 )
-from diffpress.quantize.folds import apply_fold, find_folds
+from diffpress.quantize.folds import Fold, apply_fold, find_folds
 from diffpress.quantize.streams import Rows
 from diffpress.quantize.weight_only import Form, group_codes, weight_only
 
@@ -62,13 +62,13 @@ def test_exponent_zero_is_the_nearest_code(outliers):
 def test_selected_scales_are_never_worse_and_win_on_outliers(outliers):
     x, weight = outliers
     for rows, gain in ((x, 0.7), (random(256, 64, seed=2), 1.0)):
-        s = best_scales(rows, [weight], FOUR)
+        s = best_scales(rows, [(rows, weight)], FOUR)
         chosen, nearest = (
             output_error(weight, quantized, rows)
             for quantized in (dequantized(weight * s, FOUR) / s, dequantized(weight, FOUR))
         )
         assert chosen <= gain * nearest
-    wrong = best_scales(x, [weight], FOUR).roll(1)  # of the channel beside
+    wrong = best_scales(x, [(x, weight)], FOUR).roll(1)  # of the channel beside
     assert output_error(weight, dequantized(weight * wrong, FOUR) / wrong, x) > output_error(
         weight, dequantized(weight, FOUR), x
     )
@@ -171,6 +171,30 @@ def test_balancing_keeps_the_function_and_lowers_the_error(bits, relative):
             relative_error(weight_only(layer, form), layer, seen[name]) for name, layer in layers.items()
         )
     assert errors[True] < 0.7 * errors[False]
+
+
+def test_each_reader_is_judged_on_its_own_rows():
+    """Picture and text carry in other channels; the rows of one say nothing of the other's layer."""
+    torch.manual_seed(0)
+    form, layers = Form("tensorrt", 4, 64), {"image": nn.Linear(64, 64), "text": nn.Linear(64, 64)}
+    inputs = {"image": random(400, 64), "text": random(400, 64, seed=1)}
+    inputs["image"][:, :8] *= 20
+    inputs["text"][:, 32:40] *= 20
+    weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+    def error(s):
+        return sum(
+            float((inputs[name] @ (dequantized(weight * s, form) / s - weight).T).square().sum())
+            for name, weight in weights.items()
+        )
+
+    seen, values = {name: Rows() for name in inputs}, torch.ones(64)
+    for name, x in inputs.items():
+        seen[name].update(x)
+    balance([Fold("to_out", tuple(layers.values()), values.div_, parts=2)], layers, seen, form)
+    assert error(1 / values) < 0.9 * error(torch.ones(64))
+    of_one = best_scales(inputs["image"], [(inputs["image"], weight) for weight in weights.values()], form)
+    assert error(of_one) > error(torch.ones(64))
 
 
 def test_folds_with_a_reader_that_stays_float_are_left_alone(dit):

@@ -6,18 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from families import make
 
 from diffpress.errors import ParityError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.quantize import awq, reparam, smooth
 from diffpress.quantize.folds import apply_fold, divide_modulation, find_folds
-from diffpress.quantize.online import matches
+from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.quantize.modules import Activation, quantized
+from diffpress.quantize.online import matches, put_behind
 from diffpress.quantize.reparam import Reparam, ReparamConfig
 from diffpress.quantize.smooth import Smooth, SmoothConfig
 from diffpress.quantize.weights import Weights, WeightsConfig
+from diffpress.targets import TARGETS
 from diffpress.traceable import unread
 
+TEXT = "transformer_blocks.0.attn2"
 EXACT = 1e-4  # relative: float32 up to association
 
 
@@ -89,6 +94,92 @@ def test_what_is_pruned_or_fused_is_left_out():
     block.attn.fuse_projections()
     gone = {f"transformer_blocks.0.{name}" for name in ("norm1", "norm1_context", "attn.to_out", "norm2")}
     assert {fold.name for fold in find_folds(flux)} == whole - gone
+
+
+def test_what_is_in_codes_is_left_out(dit, context):
+    """Of a block in 8 bits nothing can be folded; of one in float all but what a modulation in codes would take."""
+    whole = [fold.name for fold in find_folds(dit.denoiser)]
+    Int8(Int8Config(skip=("transformer_blocks.1.*",))).apply(dit, context(dit))
+    assert [fold.name for fold in find_folds(dit.denoiser)] == [name for name in whole if ".1." in name]
+    Weights(WeightsConfig(layers=("*.1.norm1.linear",))).apply(dit, context(dit))
+    assert [fold.name for fold in find_folds(dit.denoiser)] == ["transformer_blocks.1.attn1.to_out"]
+    value = dit.denoiser.transformer_blocks[1].attn1.to_v
+    dit.denoiser.transformer_blocks[1].attn1.to_v = quantized(value, Activation(TARGETS["onnxruntime"]))
+    assert find_folds(dit.denoiser) == []
+
+
+def test_weights_are_still_balanced_beside_codes(dit, context, plant):
+    plant(dit)
+    Int8(Int8Config(skip=("transformer_blocks.1.*",))).apply(dit, context(dit))
+    layer = dit.denoiser.transformer_blocks[1].norm1.linear
+    before = layer.weight.detach().clone()
+    Weights(WeightsConfig(awq=True, layers=("*.1.attn1.*",))).apply(dit, context(dit))
+    rows = (layer.weight != before).any(dim=1).unflatten(0, (6, -1)).any(dim=1)
+    assert rows.tolist() == [True, True, False, False, False, False]  # shift and scale of the attention's norm
+
+
+def behind(denoiser, names, seed=0):
+    """Put these layers behind a factor that their weights cancel."""
+    channels = denoiser.get_submodule(names[0]).weight.shape[1]
+    r = torch.exp(0.7 * torch.randn(channels, generator=torch.Generator().manual_seed(seed)))
+    with torch.no_grad():
+        for name in names:
+            denoiser.get_submodule(name).weight.mul_(r)
+    put_behind(denoiser, names, 1 / r)
+
+
+def test_values_behind_factors_still_take_folds(sd, first_call, relative):
+    before, call = first_call(sd)
+    names = [fold.name for fold in find_folds(sd.denoiser)]
+    values = [name for name, _ in sd.denoiser.named_modules() if name.endswith((f"{TEXT}.to_k", f"{TEXT}.to_v"))]
+    behind(sd.denoiser, values)
+    folds = {fold.name: fold for fold in find_folds(sd.denoiser)}
+    assert list(folds) == names
+    for seed, fold in enumerate(folds.values()):
+        apply_fold(fold, factors(fold, seed))
+    assert relative(first_call(sd, call)[0], before) < EXACT
+    fold = folds[f"mid_block.attentions.0.{TEXT}.to_out"]
+    apply_fold(replace(fold, divide=lambda r: None), factors(fold))
+    assert relative(first_call(sd, call)[0], before) > 10 * EXACT
+
+
+def test_readers_behind_factors_are_left_out(sd):
+    whole, prefix = {fold.name for fold in find_folds(sd.denoiser)}, f"mid_block.attentions.0.{TEXT}"
+    behind(sd.denoiser, [f"{prefix}.to_out.0"])
+    assert {fold.name for fold in find_folds(sd.denoiser)} == whole - {f"{prefix}.to_out"}
+
+
+AWQ = WeightsConfig(awq=True, layers=("mid_block.*.attn2.*",))
+
+
+@pytest.mark.parametrize("second", [Reparam(ReparamConfig()), Smooth(SmoothConfig(alpha=0.5)), Weights(AWQ)])
+def test_stages_follow_factors_at_run_time(sd, context, second):
+    given = context(sd, "openvino")
+    values = [name for name, _ in sd.denoiser.named_modules() if name.endswith((f"{TEXT}.to_k", f"{TEXT}.to_v"))]
+    behind(sd.denoiser, values)
+    second.check(sd, given.target)
+    second.apply(sd, given)  # which refuses what does not cancel
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [({}, (3, 1)), ({"only_cross_attention": True}, (1, 1)), ({"double_self_attention": True}, (3, 3))],
+)
+def test_keys_and_values_of_a_text_are_no_readers(settings, own, relative):
+    torch.manual_seed(0)
+    block = BasicTransformerBlock(16, 2, 8, cross_attention_dim=12, **settings).eval()
+    x, text = torch.randn(2, 5, 16), None if block.double_self_attention else torch.randn(2, 3, 12)
+    model, inputs = torch.nn.Sequential(block), {"encoder_hidden_states": text}
+    readers = {fold.name: len(fold.consumers) for fold in find_folds(model)}
+    assert (readers["0.norm1"], readers["0.norm2"]) == own
+    with torch.no_grad():
+        before = block(x, **inputs)
+        for fold in find_folds(model):
+            apply_fold(fold, factors(fold))
+        assert relative(block(x, **inputs), before) < EXACT
+        fold = find_folds(model)[0]
+        apply_fold(replace(fold, consumers=()), factors(fold))
+        assert relative(block(x, **inputs), before) > 10 * EXACT
 
 
 @pytest.fixture

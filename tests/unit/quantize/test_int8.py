@@ -17,6 +17,9 @@ from diffpress.quantize.adaround import AdaRoundSettings
 from diffpress.quantize.calibrate import SENSITIVITY_SAMPLES
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import QuantizedLayer
+from diffpress.quantize.reparam import Reparam, ReparamConfig
+from diffpress.quantize.smooth import Smooth, SmoothConfig
+from diffpress.quantize.weights import Weights, WeightsConfig
 from diffpress.targets import TARGETS, find_target
 
 ONNXRUNTIME, OPENVINO, TENSORRT = (TARGETS[name] for name in ("onnxruntime", "openvino", "tensorrt"))
@@ -77,7 +80,16 @@ def test_families_are_quantized_within_their_blocks(family):
 @pytest.mark.parametrize(
     ("config", "target", "message"),
     [
-        (Int8Config(skip=("no_such_layer*",)), ONNXRUNTIME, r"skip 'no_such_layer\*' matches no layer of DiT"),
+        (
+            Int8Config(skip=("no_such_layer*",)),
+            ONNXRUNTIME,
+            r"skip 'no_such_layer\*' matches no Linear or Conv2d of DiT",
+        ),
+        (
+            Int8Config(skip=("transformer_blocks.0",)),
+            ONNXRUNTIME,
+            r"skip 'transformer_blocks.0' matches no Linear or C",
+        ),
         (Int8Config(activations="dynamic"), TENSORRT, "do not run on target tensorrt; .*can: onnxruntime, openvino"),
         (Int8Config(convolutions=True), ONNXRUNTIME, "runs no 8-bit convolutions; targets that do: openvino, tensorrt"),
         (Int8Config(skip=("*",)), ONNXRUNTIME, "no layer of DiTTransformer2DModel is left"),
@@ -222,6 +234,27 @@ def test_a_layer_that_is_never_reached_is_named(dit, context, caplog):
         Int8(Int8Config()).apply(dit, context(dit))
     assert "unused saw only zeros in calibration, or was never called: left in float" in caplog.text
     assert type(dit.denoiser.unused) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("repair", [{}, {"rounding": "gptq"}, {"bias_correction": True}])
+def test_a_layer_that_is_never_reached_has_no_range_at_run_time(dit, context, caplog, repair):
+    dit.denoiser.unused = torch.nn.Linear(4, 4)
+    with caplog.at_level(logging.WARNING, "diffpress"):
+        applied = Int8(Int8Config(activations="dynamic", **repair)).apply(dit, context(dit))
+    assert "unused saw only zeros in calibration, or was never called: left in float" in caplog.text
+    assert caplog.text.count("left in float") == 1
+    assert type(dit.denoiser.unused) is torch.nn.Linear
+    assert len(applied.metadata["layers"]) == 12
+
+
+@pytest.mark.parametrize(
+    "stage", [Int8(Int8Config()), Smooth(SmoothConfig()), Reparam(ReparamConfig()), Weights(WeightsConfig())]
+)
+def test_half_precision_is_refused(dit, stage):
+    stage.check(dit, ONNXRUNTIME)
+    dit.denoiser.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"DiT\w+ has weights in torch.bfloat16; allowed: torch.float32"):
+        stage.check(dit, ONNXRUNTIME)
 
 
 def input_rows(generator, context, name):

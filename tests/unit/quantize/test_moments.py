@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from diffpress.layer_inputs import positions, pre_hooks, rows_at
+from diffpress.quantize.budgeted import decided_together
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation
 from diffpress.quantize.moments import Moments, collect_moments, shared_inputs
+from diffpress.quantize.online import put_behind
 from diffpress.quantize.rounding import gptq_codes
 from diffpress.targets import TARGETS
 
@@ -76,6 +78,20 @@ def test_shared_inputs_of_attention(sd, context):
     text = {leader for name, leader in leaders.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
     assert len(text) == 1  # every cross-attention reads the same encoded prompt
     assert leaders[f"{block}.ff.net.2"] == f"{block}.ff.net.2"
+
+
+def test_inputs_behind_equal_factors_are_shared(sd, context):
+    block, factor = "mid_block.attentions.0.transformer_blocks.0.attn2", torch.linspace(0.5, 2, 16)
+    for name, by in (("to_k", factor), ("to_v", factor.clone()), ("to_q", torch.ones(32))):
+        put_behind(sd.denoiser, [f"{block}.{name}"], by)
+    layers = {f"{block}.{name}.layer": sd.denoiser.get_submodule(f"{block}.{name}.layer") for name in ("to_k", "to_v")}
+    first, second = layers
+    assert shared_inputs(sd, layers, context(sd)) == dict.fromkeys(layers, first)
+    leaders = shared_inputs(sd, layers | {"other": sd.denoiser.get_submodule(f"{block}.to_q.layer")}, context(sd))
+    assert leaders["other"] == "other"
+    assert decided_together(leaders, list(layers)) == [[first, second]]
+    sd.denoiser.get_submodule(f"{block}.to_v").factor[3] *= 2
+    assert shared_inputs(sd, layers, context(sd)) == {first: first, second: second}
 
 
 def test_shared_inputs_are_equal_in_every_call(dit, context):
