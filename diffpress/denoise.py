@@ -199,7 +199,7 @@ class Trajectory:
     """Every state of one sampling run of a batch.
 
     ``states`` [steps + 1, n, c, ...], as the network sees them, pure noise first and the finished sample last;
-    ``timesteps`` [steps], what `denoise` is told at each state but the last.
+    ``timesteps`` [steps], what `denoise` is told at each state but the last. Both are in main memory.
     """
 
     states: Tensor
@@ -240,15 +240,17 @@ def trajectory(
     def see(inputs: dict[str, Any]) -> None:
         if len(times) > taken:
             return  # the other guidance branch
-        states.append(inputs[state][:count].float())  # guidance doubles the batch; both halves hold the same state
-        times.append(_forwards(generator.denoiser, torch.as_tensor(inputs[time]).flatten()[0]))
+        states.append(
+            inputs[state][:count].float().cpu()
+        )  # guidance doubles the batch; both halves hold the same state
+        times.append(_forwards(generator.denoiser, torch.as_tensor(inputs[time]).flatten()[0].cpu()))
 
     def stepping(*args: Any, **kwargs: Any) -> Any:
         nonlocal taken
         result, taken = step(*args, **kwargs), taken + 1
         if len(times) == len(scheduler.timesteps):
             final = result[0] if isinstance(result, tuple) else result.prev_sample
-            states.append(final[:count].float())
+            states.append(final[:count].float().cpu())
             raise _Caught
         return result
 

@@ -25,10 +25,10 @@ def mine(items: Sequence[T]) -> Sequence[T]:
 
 
 def without_gpu() -> bool:
-    """Whether several processes share CPUs alone, which accelerate wants to be told."""
+    """Whether trainings compute on CPUs alone, which accelerate wants to be told; of other devices only CUDA counts."""
     import torch
 
-    return count() > 1 and not torch.cuda.is_available()
+    return not torch.cuda.is_available()
 
 
 def wait_for_all() -> None:

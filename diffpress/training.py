@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers.training_utils import EMAModel
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -135,6 +135,11 @@ def rate_of(step: int, settings: TrainingSettings) -> float:
         return peak * (step + 1) / (settings.warmup + 1)
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def training_device() -> torch.device:
+    """Where `fit` trains: this process's GPU, or the CPU."""
+    return PartialState(cpu=processes.without_gpu()).device
 
 
 def check_training(settings: TrainingSettings) -> None:
@@ -282,7 +287,8 @@ def fit(
             run.fitted.seconds = time.monotonic() - began
             if target:
                 follow(target[0], network, target[1])
-            if preview and settings.preview_every and run.step % settings.preview_every == 0:
+            shown = settings.preview_every and run.step % settings.preview_every == 0
+            if preview and shown and accelerator.is_main_process:
                 with run.averaged():
                     preview(run.step)
             if accelerator.is_main_process and time.monotonic() - saved > settings.checkpoint_every:

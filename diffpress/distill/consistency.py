@@ -249,6 +249,7 @@ class Consistency:
                 f"{self.config.steps} steps would draw other pictures each time; {allowed}"
             )
 
+    @student.accelerated
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Raises ConfigError, ArtifactError, InfrastructureError or TrainingError; the run's folder keeps the work."""
         settings, calls, work = self.config, self.config.phase_count, context.work_folder()

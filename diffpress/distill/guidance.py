@@ -23,6 +23,7 @@ from diffpress.distill.pairs import PairSettings, solver_plan
 from diffpress.distill.student import (
     Conditions,
     Teacher,
+    accelerated,
     check_guidance,
     collect,
     held_out_error,
@@ -142,6 +143,7 @@ class Guidance:
                 "has no input for a scale; allowed: null, or a UNet2DConditionModel in a pipeline that embeds its scale"
             )
 
+    @accelerated
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Raises ConfigError, ArtifactError, InfrastructureError or TrainingError; the run's folder keeps the work."""
         settings, work = self.config, context.work_folder()

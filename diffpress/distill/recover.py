@@ -26,6 +26,7 @@ from diffpress.distill.pairs import Pairs, PairSettings, solver_plan
 from diffpress.distill.reflow import HUBER
 from diffpress.distill.student import (
     Conditions,
+    accelerated,
     check_guidance,
     collect,
     held_out_error,
@@ -311,10 +312,9 @@ class Recover:
         check_guidance(generator, self.config.pairs)
         check_training(self.config.training)
         if coded := [name for name, value in generator.denoiser.state_dict().items() if value.dtype in _CODES]:
-            raise ConfigError(
-                f"{coded[0]} is quantized and cannot be trained; allowed: prune.recover before quantizing"
-            )
+            raise ConfigError(f"{coded[0]} is quantized and cannot be trained; allowed: before quantizing")
 
+    @accelerated
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Raises ConfigError, ArtifactError, InfrastructureError or TrainingError; the run's folder keeps the work."""
         settings, work = self.config, context.work_folder()
@@ -351,10 +351,8 @@ class Recover:
                 )
             after = errors()
         error: dict[str, Any] = {"held_out_error": after["1"], "pruned_error": before["1"]}
-        summary = (
-            f"{len(fitted.losses)} updates towards the original: held-out error {error['held_out_error']:.3f}, "
-            f"{error['pruned_error']:.3f} before"
-        )
+        told = f"held-out error {after['1']:.3f}, {before['1']:.3f} before"
+        summary = f"{len(fitted.losses)} updates towards the original: {told}"
         if len(widths) > 1:
             error["nested"] = [{"share": share, "error": after[share], "before": before[share]} for share in widths]
             summary += "".join(f"; width {share}: {after[share]:.3f}, {before[share]:.3f} before" for share in widths)
@@ -375,13 +373,14 @@ def _original(generator: Generator, context: Context) -> Generator:
             f"the generator is sampled by {generator.plan}, the original by {original.plan}: another function; "
             "allowed: prune.recover before a stage that fixes how pictures are drawn"
         )
+    original.pipeline.to(next(generator.denoiser.parameters()).device)
     return original
 
 
 def _nested(generator: Generator, training: TrainingSettings) -> tuple[dict[str, Structure], dict[str, Kept]]:
-    """(structures, units that stay in each network that is nested in the denoiser, by its share, the whole first).
+    """(structures, units that stay in each network nested in the denoiser, by its share, the whole first).
 
-    ConfigError for a training that nested networks cannot have.
+    ConfigError for a training that these cannot have.
     """
     made, network = generator.nested, generator.denoiser
     if made is None:

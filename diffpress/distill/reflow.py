@@ -41,6 +41,7 @@ from diffpress.distill.pairs import Pairs, PairSettings, edges_of, solver_plan
 from diffpress.distill.student import (
     Conditions,
     Teacher,
+    accelerated,
     adopt_on,
     check_guidance,
     collect,
@@ -272,6 +273,7 @@ class Reflow:
         if self.config.decoded:
             check_decoder(generator, self.config.pairs.scheduler)
 
+    @accelerated
     def apply(self, generator: Generator, context: Context) -> Applied:
         """Raises ConfigError, ArtifactError, InfrastructureError or TrainingError; the run's folder keeps the work."""
         settings = self.config

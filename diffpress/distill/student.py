@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +23,10 @@ from diffpress.distill.pairs import Edge, Pairs, PairSettings, PairStore, edges_
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan, switch_scheduler
 from diffpress.sampling import is_flow
-from diffpress.stage import Context
-from diffpress.training import Fitted
+from diffpress.stage import Applied, Context
+from diffpress.training import Fitted, training_device
+
+Apply = Callable[[Any, Generator, Context], Applied]
 
 _WHOLE_RANGE = {"timestep_spacing": "trailing", "final_sigmas_type": "zero", "set_alpha_to_one": True}
 _FIRST_ORDER = {"solver_order": 1, "algorithm_type": "dpmsolver++", "lower_order_final": True}
@@ -164,7 +167,7 @@ def _encoded(
         inputs = first_inputs(generator, conditions, plan)
         tensors = {name: inputs[name] for name in conditional.tensors}
         conditional = dataclasses.replace(conditional, tensors=tensors)
-    return conditional, unconditional
+    return conditional.to("cpu"), None if unconditional is None else unconditional.to("cpu")
 
 
 def _joined(
@@ -309,6 +312,23 @@ def previews(
         Image.fromarray(np.concatenate(rows)).save(folder / f"preview-{step:06d}.png")
 
     return write
+
+
+def accelerated(apply: Apply) -> Apply:
+    """A stage's ``apply`` with the whole pipeline where trainings compute; it is back on the CPU afterwards."""
+
+    @functools.wraps(apply)
+    def moved(self: Any, generator: Generator, context: Context) -> Applied:
+        device = training_device()
+        if device.type == "cpu":
+            return apply(self, generator, context)
+        generator.pipeline.to(device)
+        try:
+            return apply(self, generator, context)
+        finally:
+            generator.pipeline.to("cpu")
+
+    return moved
 
 
 def training_key(generator: Generator, settings: Any, context: Context) -> str:

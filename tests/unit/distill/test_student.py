@@ -21,8 +21,8 @@ from diffpress.distill import reflow
 from diffpress.distill.guidance import add_scale_input
 from diffpress.distill.pairs import Edge, Pairs, PairSettings
 from diffpress.distill.reflow import Reflow, ReflowConfig, ReflowLoss
-from diffpress.distill.student import Conditions, held_out_straightness, previews, trailing
-from diffpress.errors import ConfigError, MissingDependencyError
+from diffpress.distill.student import Conditions, accelerated, held_out_straightness, previews, trailing
+from diffpress.errors import ConfigError, MissingDependencyError, TrainingError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.targets import TARGETS
 from diffpress.training import TrainingSettings, draw_of
@@ -283,3 +283,25 @@ def test_guidance_that_a_student_has_is_not_counted_twice(dit, context, tmp_path
         plain.apply(dit, guided)
     dit.plan = SamplingPlan(steps=4, guidance_scale=3.0)  # a searched schedule: guidance is not in the network
     again.check(dit, TARGETS["onnxruntime"])
+
+
+def test_pairs_and_training_are_on_one_device_and_the_pipeline_comes_back(monkeypatch):
+    went = []
+    generator = SimpleNamespace(pipeline=SimpleNamespace(to=went.append))
+
+    @accelerated
+    def apply(stage, generator, context):
+        went.append(stage)
+        if stage == "fails":
+            raise TrainingError("not finite")
+        return context
+
+    monkeypatch.setattr("diffpress.distill.student.training_device", lambda: torch.device("cuda", 1))
+    assert apply("works", generator, "context") == "context"
+    with pytest.raises(TrainingError):
+        apply("fails", generator, "context")
+    gpu = torch.device("cuda", 1)
+    assert went == [gpu, "works", "cpu", gpu, "fails", "cpu"]
+    monkeypatch.setattr("diffpress.distill.student.training_device", lambda: torch.device("cpu"))
+    apply("alone", generator, "context")
+    assert went[6:] == ["alone"]
