@@ -320,11 +320,14 @@ def _run_name(folder: Path) -> str:
 def measure_candidates(
     work: Run, engine: Generator, *, rounds: int, others: Mapping[str, Path] = MappingProxyType({})
 ) -> tuple[Latency, ...]:
-    """Latency rows of the engine, of ``others`` and of the baselines of the recipe."""
-    recipe = work.recipe
+    """Latency rows of the engine, of ``others`` and of the baselines of the recipe, which run where the engine does."""
+    recipe, device = work.recipe, timing.device_of(engine)
 
     def stock(dtype: torch.dtype) -> Generator:
-        return work.original if dtype == torch.float32 else load_original(recipe, dtype=dtype)
+        found = work.original if dtype == torch.float32 else load_original(recipe, dtype=dtype)
+        if device.type != "cpu":
+            found.pipeline.to(device)
+        return found
 
     candidates = {"engine": timing.Candidate(engine)}
     candidates |= {name: timing.Candidate(Generator(load(folder))) for name, folder in others.items()}
@@ -333,7 +336,11 @@ def measure_candidates(
         candidate.generator.use_scheduler(candidate.generator.plan_for(evaluation.plan_of(recipe)).scheduler)
     sources = {"engine": work.artifact.folder / ENGINE, **others, "eager": work.source}
     memory = timing.memory_of(sources, recipe, work.progress)
-    return timing.measure(candidates, work.original, recipe, rounds=rounds, memory=memory, progress=work.progress)
+    try:
+        return timing.measure(candidates, work.original, recipe, rounds=rounds, memory=memory, progress=work.progress)
+    finally:
+        if device.type != "cpu":
+            work.original.pipeline.to("cpu")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import shutil
@@ -26,6 +27,8 @@ from diffpress.eval.latency import benchmark, peak_memory
 from diffpress.export import load
 from diffpress.generator import Generator
 from diffpress.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 WARMUP = 3
 
@@ -56,6 +59,17 @@ def medium_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def device_of(engine: Generator) -> torch.device:
+    """Where stock diffusers is timed beside ``engine``: on the GPU if that is and torch can be, else on the CPU."""
+    provider: str = engine.denoiser.session.provider  # type: ignore[union-attr, assignment]
+    if not any(name in provider.lower() for name in ("cuda", "tensorrt")):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        logger.warning("the engine runs on %s, stock diffusers is timed on the CPU: this torch has no CUDA", provider)
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
 def baseline(name: str, load: Callable[[torch.dtype], Generator]) -> Candidate:
@@ -93,12 +107,14 @@ def measure(
         return call
 
     def denoise(candidate: Candidate) -> Callable[[], object]:
-        denoiser = candidate.generator.denoiser
+        denoiser: Any = candidate.generator.denoiser
         source = original if candidate.generator.plan is None else candidate.generator  # with a plan: its own timesteps
         recorded = source.record(conditions, seeds=range(batch), plan=plans[candidate], limit=1)[0]
-        inputs = pytree.tree_map_only(
-            Tensor, lambda x: x.to(denoiser.dtype) if x.is_floating_point() else x, recorded.inputs
-        )
+
+        def taken(x: Tensor) -> Tensor:
+            return x.to(denoiser.device, denoiser.dtype if x.is_floating_point() else x.dtype)
+
+        inputs = pytree.tree_map_only(Tensor, taken, recorded.inputs)
 
         def call() -> object:
             with candidate.setting(), torch.no_grad():
@@ -107,10 +123,13 @@ def measure(
         return call
 
     calls: dict[Scope, Callable[[Candidate], Callable[[], object]]] = {"whole image": whole, "denoiser call": denoise}
+    networks: list[Any] = [candidate.generator.denoiser for candidate in candidates.values()]
+    wait = torch.cuda.synchronize if any(network.device.type == "cuda" for network in networks) else None
     for scope, make in calls.items():
         jobs = {name: make(candidate) for name, candidate in candidates.items()}
         with progress.task(f"Timing: {scope}", total=rounds + WARMUP) as advance:
-            timings = benchmark(jobs, rounds=rounds, warmup=WARMUP, progress=_one_by_one(advance))
+            told = _one_by_one(advance)
+            timings = benchmark(jobs, rounds=rounds, warmup=WARMUP, synchronize=wait, progress=told)
         rows += latency_rows(timings, scope=scope, batch=batch, memory_mib=memory if scope == "whole image" else None)
     return tuple(rows)
 

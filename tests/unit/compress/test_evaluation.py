@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from diffpress.artifact import Artifact
 from diffpress.compress import evaluation
 from diffpress.compress.assemble import _parity
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.recipe import Recipe
+from diffpress.compress.runner import Run, measure_candidates
 from diffpress.compress.timing import memory_of
 from diffpress.errors import ConfigError, DiffpressError, InfrastructureError, MissingDependencyError
 from diffpress.eval.distances import precision_recall
@@ -154,3 +157,34 @@ def test_parity_is_of_the_graphs_that_run(cached: bool) -> None:
         artifact=SimpleNamespace(entry=lambda _: built), original=SimpleNamespace(denoiser_name="unet")
     )
     assert _parity(run).max_relative_error == (0.3 if cached else 0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("provider", "gpu", "where"),
+    [
+        ("ONNX Runtime 1, CUDAExecutionProvider", True, "cuda"),
+        ("TensorRT 11 on a GPU", True, "cuda"),
+        ("ONNX Runtime 1, CUDAExecutionProvider", False, "cpu"),
+        ("ONNX Runtime 1, CPUExecutionProvider", True, "cpu"),
+        ("OpenVINO 2026, CPU, bf16", True, "cpu"),
+    ],
+)
+def test_stock_diffusers_is_timed_where_the_engine_runs(
+    recipe: Recipe, tmp_path: Path, monkeypatch, caplog, provider: str, gpu: bool, where: str
+) -> None:
+    session = SimpleNamespace(provider=provider)
+    engine = SimpleNamespace(denoiser=SimpleNamespace(session=session), plan_for=lambda plan: plan)
+    engine.use_scheduler = lambda name: None
+    work, went = Run(recipe, Artifact(tmp_path), SILENT), []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(work.original.pipeline, "to", lambda device: went.append(torch.device(device).type))
+    monkeypatch.setattr("diffpress.compress.timing.memory_of", lambda *_: {})
+
+    def fail(*_: object, **__: object) -> None:
+        raise InfrastructureError("stopped")
+
+    monkeypatch.setattr("diffpress.compress.timing.measure", fail)
+    with pytest.raises(InfrastructureError):
+        measure_candidates(work, engine, rounds=3)  # type: ignore[arg-type]
+    assert went == (["cuda", "cpu"] if where == "cuda" else [])  # and back, whatever happens
+    assert ("timed on the CPU" in caplog.text) == (not gpu)
