@@ -46,7 +46,7 @@ class ScheduleConfig:
     scheduler: str | None = None
     """Name of the diffusers class that goes through the steps; null: that of the calibration runs."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
-    """Guidance that the engine is sampled with; null: that of the calibration runs."""
+    """Guidance that the engine is sampled with; null: that of the runs it is evaluated in."""
     method: Literal["search", "bound"] = "search"
     """Search: for the least error of the latents, judged on runs; bound: the least of a bound on the solver's error in
     closed form, which is found without a run but knows nothing of the network."""
@@ -172,8 +172,9 @@ class ScheduleSearch:
             generator.use_scheduler(settings.scheduler or context.plan.scheduler)
             check_grid_solver(generator.pipeline.scheduler)
             check_solver(generator)
-            strength = context.plan.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-            plan = dataclasses.replace(context.plan, scheduler=None, steps=settings.steps, guidance_scale=strength)
+            final = context.final or context.plan
+            strength = final.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+            plan = dataclasses.replace(final, scheduler=None, steps=settings.steps, guidance_scale=strength)
             timesteps, facts = self._chosen(generator, context, plan)
             undo.pop_all()
         name = type(generator.pipeline.scheduler).__name__

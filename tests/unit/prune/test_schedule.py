@@ -148,6 +148,14 @@ def test_families(request, family, method, given, hooks_of):
         assert (pictures[0] == pictures[1]).all()
 
 
+def test_its_guidance_is_that_of_the_engines_runs(dit, given):
+    """Not that of calibration runs, which may do without."""
+    context = given(dit, final=SamplingPlan(guidance_scale=2.0))
+    assert context.plan.guidance_scale == 1.0
+    ScheduleSearch(ScheduleConfig(steps=3, method="bound", **QUICK)).apply(dit, context)
+    assert dit.plan.guidance_scale == 2.0
+
+
 def test_the_search_is_that_of_its_seed(dit, given):
     stage = ScheduleSearch(ScheduleConfig(steps=3, **QUICK))
     found = []
