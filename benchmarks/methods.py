@@ -10,8 +10,9 @@
 The second argument is a shipped recipe; its stages are replaced by each variant's, everything else stays. Variants run
 in one folder, so that the original's pictures, the same for all, are drawn once. Further arguments are overrides;
 ``--variants`` measures only those whose name contains one of the given words; ``--recover`` appends `prune.recover` of
-so many updates, for all on the same records. The result is written after every variant, and the same command goes on
-from there; variants of another CPU than the file's say so. A plot of latent error against speed-up:
+so many updates where something was removed, for all on the same records. The result is written after every variant, and
+the same command goes on from there; variants of another CPU than the file's say so. A plot of latent error against
+speed-up:
 
     python benchmarks/methods.py --plot benchmarks/results/cache-dit.json docs/cache-dit.png
 """
@@ -194,7 +195,7 @@ def measure(kind: str, variant: str, recipe: dict, args: argparse.Namespace, fol
     if isinstance(stages, float):
         stages = within(recipe["stages"], stages)
     stages = recipe["stages"] if stages is None else filled(stages, recipe)
-    after = [] if args.recover is None else [recovery(args.recover, folder / "pairs")]
+    after = [] if args.recover is None or not stages else [recovery(args.recover, folder / "pairs")]
     result = diffpress.compress(
         recipe["model"],
         recipe | {"stages": [*stages, *after]},
