@@ -168,7 +168,7 @@ KINDS: dict[str, Mapping[str, Sequence[dict | str] | float | None]] = {
     | {f"8 bits, {name}": [OWN, *stages] for name, stages in caches().items()},
     "depth": NOTHING | depth(0.25) | depth(0.5),
     "width": NOTHING | width(0.75) | width(0.5),
-    "structure": NOTHING | structures(0.7) | structures(0.5),
+    "structure": NOTHING | structures(0.7) | structures(0.6) | structures(0.5),
     "schedule": NOTHING | schedules(),
     "tokens": NOTHING | tokens(),
     "peers": {"float": [], "diffpress": None} | dict.fromkeys(peers.PEERS),
