@@ -139,13 +139,14 @@ class CacheState:
     A run begins at its first step, and anew wherever a call is not the next step of the one before with the same
     conditions in a batch of the same shape. The first call of a run computes everything and forgets all that was kept,
     so nothing passes from one picture to the next; image-to-image runs begin in the middle. A timestep that the policy
-    does not know is computed in full and is warned of once.
+    does not know is computed in full, and so is one after steps that are left out; the first such call is warned of.
     """
 
     def __init__(self, policy: CachePolicy) -> None:
         self.policy = policy
         self.unknown: set[float] = set()
         """Timesteps met that the policy was not fitted for."""
+        self._warned = False
         self._begin_anew(None)
 
     def _begin_anew(self, step: int | None) -> None:
@@ -160,23 +161,26 @@ class CacheState:
 
     def begin(self, timestep: float, shape: tuple[int, ...], conditions: Sequence[Tensor] = ()) -> Decision:
         """What the call with x_t of ``shape`` and these other inputs has to do."""
-        before = self._step
+        before, count = self._step, len(self.policy.timesteps)
         step = self.policy.index(timestep, before)
-        if step is None and not self.unknown:
-            logger.warning(
-                "feature cache fitted for another schedule: timestep %g is none of its %d; computed in full",
-                timestep,
-                len(self.policy.timesteps),
-            )
+        same = before is not None and shape == self._shape and same_tensors(conditions, self._call)
         if step is None:
+            self._warn(f"timestep {timestep:g} is none of its {count}")
             self.unknown.add(timestep)
-        goes_on = step is not None and before is not None and step == before + 1
-        if not (goes_on and shape == self._shape and same_tensors(conditions, self._call)):
+        elif same and before is not None and step > before + 1:
+            self._warn(f"timestep {timestep:g}, step {step + 1} of its {count}, follows step {before + 1}")
+        if not (same and before is not None and step == before + 1):
             self._begin_anew(step)
         self._step, self._shape, self._call = step, shape, tuple(conditions)
         if step is None or self._stored is None or self.policy.computed[step]:
             return "compute"
         return "reuse" if self.policy.kind == "schedule" else "test"
+
+    def _warn(self, what: str) -> None:
+        """Once."""
+        if not self._warned:
+            logger.warning("feature cache fitted for another schedule: %s; computed in full", what)
+        self._warned = True
 
     def passes(self, residual: Tensor) -> bool:
         """Whether the first-block test lets this call reuse: rho below the threshold, and not too many in a row."""

@@ -21,7 +21,7 @@ from diffpress.compress.recipe import (
     misplaced,
     portable_path,
     shipped_recipes,
-    uncacheable,
+    unfit,
 )
 from diffpress.errors import ConfigError, Problem, RecipeError
 
@@ -59,7 +59,7 @@ def load_recipe(
     recipe = _checked(Recipe, body, (), document)
     if recipe is not None:
         recipe = _with_paths(recipe, document, folder)
-        for index, what in uncacheable(recipe, stages):
+        for index, what in unfit(recipe, stages):
             document.report(("stages", index, stages[index].method), what)
     if document.problems or recipe is None:
         raise RecipeError(sorted(dict.fromkeys(document.problems), key=_line))

@@ -169,7 +169,7 @@ class Recipe:
                 f"(it is {self.evaluate.samples})"
             )
         wrong += [what for _, what in misplaced(self.stages)]
-        wrong += [what for _, what in uncacheable(self, self.stages)]
+        wrong += [what for _, what in unfit(self, self.stages)]
         if wrong:
             raise ValueError("; ".join(wrong))
         _warn_of_few_steps(self)
@@ -248,18 +248,16 @@ def _nothing_left(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
     return wrong
 
 
-def uncacheable(recipe: Recipe, stages: Sequence[StageSpec]) -> Iterator[tuple[int, str]]:
-    """(index, what is wrong) of each ``prune.steps`` fitted to other steps than the engine's, or to one alone."""
+def unfit(recipe: Recipe, stages: Sequence[StageSpec]) -> Iterator[tuple[int, str]]:
+    """(index, what is wrong) of each stage that does not go with what the engine is made for."""
     fixed = [spec.config.steps for spec in stages if spec.method in FIXES_STEPS]
+    steps = fixed[-1] if fixed else recipe.evaluate.steps
     for index, spec in enumerate(stages):
-        if spec.method != "prune.steps":
-            continue
-        name, told = _place(stages, index), recipe.calibration.steps
-        if not fixed and told not in (None, recipe.evaluate.steps):
-            what = f"{name}: calibration.steps is {told}, and the engine is made for evaluate.steps"
-            yield index, f"{what} {recipe.evaluate.steps}; allowed: calibration.steps null"
-        if (fixed[-1] if fixed else recipe.evaluate.steps) == 1:
+        name = _place(stages, index)
+        if spec.method == "prune.steps" and steps == 1:
             yield index, f"{name}: a run of 1 step has nothing to use again; allowed: 2 steps and more"
+        if spec.method == "prune.tokens" and recipe.export.size == "dynamic":
+            yield index, f"{name}: is for one size of picture, and export.size is dynamic; allowed: static"
 
 
 def _warn_of_few_steps(recipe: Recipe) -> None:

@@ -29,7 +29,7 @@ from diffpress.errors import ArtifactError, ConfigError, NotComparableError, Slo
 from diffpress.eval.latency import size_on_disk
 from diffpress.eval.machine import describe_machine
 from diffpress.export import check_export, export, load
-from diffpress.export.profile import layer_latency
+from diffpress.export.profile import check_timed, layer_latency
 from diffpress.generator import Generator
 from diffpress.progress import SILENT, Progress
 from diffpress.stage import Context, Stage
@@ -66,8 +66,10 @@ class Run:
 
     def check(self) -> None:
         """Everything cheap that can be wrong, before anything heavy."""
-        for _, stage in self.stages:
+        for name, stage in self.stages:
             stage.check(self.original, self.target)
+            if _timed(stage.config):
+                check_timed(name, self.recipe.export)
         self.original.check_size(evaluation.plan_of(self.recipe))
         fixed = any(spec.method in FIXES_STEPS for spec in self.recipe.stages)
         check_export(self.original, self.recipe.export, fixed=fixed)
@@ -108,8 +110,8 @@ class Run:
 
     def base_key(self) -> str:
         context = self.context(self.original)
-        calibration = [context.conditions, list(context.seeds), dataclasses.asdict(context.plan), context.batch_size]
-        calibration.append(context.pool)
+        plans = [dataclasses.asdict(plan) for plan in (context.plan, context.final) if plan is not None]
+        calibration = [context.conditions, list(context.seeds), plans, context.batch_size, context.pool]
         return fingerprint(__version__, self.model_hash, self.target.name, self.target.weight_limit(), calibration)
 
     def build(self) -> None:

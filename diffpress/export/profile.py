@@ -19,7 +19,7 @@ from diffpress.export.build import export_part, timesteps_of
 from diffpress.export.components import find_components, flatten_inputs, in_turn
 from diffpress.export.parity import open_built
 from diffpress.export.scopes import read_sources
-from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, Session
+from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, Session, runs_on_cpu
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator, SamplingPlan
 
@@ -83,6 +83,18 @@ class EngineProfile:
                 found[module] += float(ms) / len(modules)
         found[""] += self.call_ms - sum(found.values())
         return dict(found)
+
+
+def check_timed(name: str, settings: ExportConfig) -> None:
+    """Raises ConfigError, in the name of what wants to, for engines whose layers `profile` cannot time."""
+    target, device = settings.target, (settings.providers or ("CPU",))[0]
+    able = runs_on_cpu(settings.providers) if target == "onnxruntime" else (target, device) == ("openvino", "CPU")
+    if not able:
+        where = f" on {', '.join(settings.providers)}" if settings.providers else ""
+        raise ConfigError(
+            f"{name}: needs the time of each layer, which target {target}{where} does not tell; allowed: onnxruntime "
+            "and openvino on the CPU, or another budget"
+        )
 
 
 def profile(session: Session, inputs: dict[str, Tensor], *, rounds: int = 20) -> EngineProfile:

@@ -90,12 +90,13 @@ def _record(
 
         with generator.watch(see):
             generator.draw(in_turn(conditions, count), seeds=range(count), plan=plan)
-    if caches.unknown:
+    if caches.unknown or max(len(state.history) for state in caches.states) < len(policy.timesteps):
         fitted = ", ".join(f"{timestep:g}" for timestep in policy.timesteps)
+        others = ", ".join(f"{timestep:g}" for timestep in sorted(caches.unknown, reverse=True))
         raise ConfigError(
-            f"the feature cache was fitted for the timesteps {fitted}, but this run has "
-            f"{', '.join(f'{timestep:g}' for timestep in sorted(caches.unknown, reverse=True))} too; allowed: the "
-            "steps and the scheduler that it was fitted with"
+            f"the feature cache was fitted for the timesteps {fitted}, but this run "
+            f"{f'has {others} too' if others else 'leaves some out'}; allowed: the steps and the scheduler that it "
+            "was fitted with"
         )
     return steps
 

@@ -269,6 +269,7 @@ class Depth:
         """Raises ConfigError where the budget cannot be met, or latency is the budget and was not measured."""
         network, settings = generator.denoiser, self.config
         table = self._latencies(generator, context)
+        budget_of(network, find_units(network, settings.granularity), settings, table)  # refused before the runs
         calls = record(generator, context, settings.calls, "Pruning: recording denoiser calls")
         units = in_order(network, find_units(network, settings.granularity), calls[0])
         budget = budget_of(network, units, settings, table)

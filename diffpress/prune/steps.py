@@ -93,7 +93,7 @@ class Steps:
             )
 
     def apply(self, generator: Generator, context: Context) -> Applied:
-        config = self.config
+        config, context = self.config, dataclasses.replace(context, plan=context.final or context.plan)
         self._check_steps(context.plan.steps)
         cut = find_cut(
             generator,

@@ -81,6 +81,11 @@ def test_what_a_stage_depends_on_is_in_its_key(dit_folder: Path, sd_folder: Path
     few, more = (keys(sd_folder, stages=[{"distill.consistency": {}}], evaluate=given) for given in prompts)
     assert few[0] != more[0]  # a student learns from all prompts, calibration sees the first two
 
+    told, stages = {"samples": 2, "steps": 2, "guidance_scale": 1.0}, [{"prune.steps": {}}]
+    scales = [recipe(dit_folder)["evaluate"] | {"guidance_scale": scale} for scale in (1.0, 3.0)]
+    weak, strong = (keys(dit_folder, stages=stages, calibration=told, evaluate=given) for given in scales)
+    assert weak[0] != strong[0]  # a cache is fitted to the engine's runs
+
     in_float, in_bfloat16 = ({"target": "openvino", "compute": name} for name in ("float32", "bfloat16"))
     for stage, same in (({"remove": 0.5}, True), ({"latency": 0.7}, False)):
         stages = [{"prune.depth": stage}]

@@ -4,9 +4,10 @@ import dataclasses
 import itertools
 import logging
 
+import diffusers
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, HeunDiscreteScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import FirstBlockCacheConfig, PixArtSigmaPipeline, PixArtTransformer2DModel
 from tiny import fill_zeros, make_autoencoder, make_flux, make_scheduler, make_t5_encoder, make_t5_tokenizer
 from torch import nn
 
@@ -17,6 +18,24 @@ from diffpress.generator import Generator, SamplingPlan, argument_names
 from diffpress.prune.cuts import find_cut
 
 PLAN = SamplingPlan(steps=6, guidance_scale=3.0)
+TWICE = {"HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "PNDMScheduler"}
+SCHEDULERS = sorted(
+    TWICE
+    | {
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EDMEulerScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "TCDScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
 
 
 def make_pixart():
@@ -233,25 +252,26 @@ def test_another_schedule_warns_once_and_computes_everything(generator, caplog):
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-2)
 
 
-def test_heun_calls_twice_and_is_safe(families):
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_any_scheduler_goes_with_it(families, monkeypatch, name):
+    """Also those that call twice in a step, or draw noise."""
     generator = families["sd"]
-    steps, before = fitted(generator, (True, False)), generator.pipeline.scheduler
-    generator.pipeline.scheduler = HeunDiscreteScheduler.from_config(before.config)
-    try:
-        times = told(generator)
-        assert len(times) > len(set(times))
-        plain = run(generator)
-        own = dataclasses.replace(steps, timesteps=times, computed=(True,) * len(times))
-        with cached(generator.denoiser, own) as caches:
-            assert torch.equal(run(generator), plain)
-        assert caches.states[0].history == [True] * len(times)
-        with cached(
-            generator.denoiser, dataclasses.replace(own, computed=(True, *[False] * (len(times) - 1)))
-        ) as caches:
-            run(generator)
-        assert sum(caches.states[0].history) == 1  # every call of the second kind is a step of its own
-    finally:
-        generator.pipeline.scheduler = before
+    steps, config = fitted(generator, (True, False)), generator.pipeline.scheduler.config
+    monkeypatch.setattr(generator.pipeline, "scheduler", getattr(diffusers, name).from_config(config))
+    times = told(generator)
+    assert (len(times) > PLAN.steps) == (name in TWICE)
+    plain = run(generator)
+    own = dataclasses.replace(steps, timesteps=times, computed=(True,) * len(times))
+    with cached(generator.denoiser, own) as caches:
+        assert torch.equal(run(generator), plain)
+    assert caches.states[0].history == [True] * len(times)
+    often = tuple(step % 3 == 0 for step in range(len(times)))
+    with cached(generator.denoiser, dataclasses.replace(own, computed=often)) as caches:
+        found = run(generator)
+    assert caches.states[0].history == list(often)  # every call of the second kind is a step of its own
+    assert not caches.unknown
+    assert torch.isfinite(found).all()
+    assert not torch.allclose(found, plain, rtol=1e-4)  # control
 
 
 class Branches(nn.Module):

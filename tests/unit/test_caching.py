@@ -77,6 +77,24 @@ def test_only_the_next_step_of_a_run_reuses(calls, expected):
     assert decisions(CacheState(policy(True, *[False] * 4)), *calls) == expected
 
 
+@pytest.mark.parametrize(
+    ("times", "warned"),
+    [
+        (TIMES[::2], "timestep 500, step 3 of its 5, follows step 1"),
+        ((900.0, 650.0), "timestep 650 is none of its 5"),
+        (TIMES + TIMES, None),
+        (TIMES + TIMES[2:], None),  # image to image after it
+        (TIMES[:2] + TIMES[:2], None),  # ended early
+    ],
+)
+def test_another_schedule_is_warned_of_once(times, warned, caplog):
+    state = CacheState(policy(True, *[False] * 4))
+    found = decisions(state, *((timestep, (2,)) for timestep in (times if warned is None else times + times)))
+    messages = [record.message for record in caplog.records]
+    assert messages == ([f"feature cache fitted for another schedule: {warned}; computed in full"] if warned else [])
+    assert (set(found) == {"compute"}) == (warned is not None)
+
+
 def test_another_condition_begins_anew():
     one, other = torch.zeros(2), torch.ones(2)
     state = CacheState(policy(True, *[False] * 4))
@@ -110,6 +128,18 @@ def test_the_test_lets_small_changes_pass_and_only_so_many():
         state.store((residual,), residual)
         state.begin(700.0, ())
         assert state.passes(residual * change) == passes
+
+
+def test_a_batch_is_tested_as_one():
+    """A picture that changes little takes its neighbours along, as in First-Block Cache."""
+    tested, before = policy(True, *[False] * 4, kind="threshold", threshold=0.2), torch.ones(2, 4)
+    after = before * torch.tensor([[1.3], [1.0]])
+    for rows, passes in ((slice(0, 1), False), (slice(1, 2), True), (slice(None), True)):
+        state = CacheState(tested)
+        state.begin(900.0, (2,))
+        state.store((before[rows],), before[rows])
+        state.begin(700.0, (2,))
+        assert state.passes(after[rows]) == passes
 
 
 def test_relative_change_is_that_of_mean_absolute_values():

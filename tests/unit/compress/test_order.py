@@ -114,24 +114,27 @@ def test_a_width_is_one_of_those_that_are_nested(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stages", "told", "steps", "why"),
+    ("stages", "settings", "why"),
     [
-        (("prune.steps",), 10, 8, "calibration.steps is 10, and the engine is made for evaluate.steps 8"),
-        (("prune.steps",), 8, 8, None),
-        (("prune.steps",), "null", 8, None),
-        (("prune.schedule: {steps: 6}", "prune.steps"), 10, 8, None),  # it fixes the steps of all runs
-        (("prune.steps",), "null", 1, "a run of 1 step has nothing to use again"),
-        (("distill.reflow: {steps: 1}", "prune.steps"), "null", 8, "a run of 1 step has nothing to use again"),
+        (("prune.steps",), "evaluate: {steps: 2}", None),
+        (("prune.steps",), "evaluate: {steps: 1}", "steps: a run of 1 step has nothing to use again"),
+        (("distill.reflow: {steps: 1}", "prune.steps"), "", "steps: a run of 1 step has nothing to use again"),
+        (
+            ("prune.tokens",),
+            "export: {size: dynamic}",
+            "tokens: is for one size of picture, and export.size is dynamic",
+        ),
+        (("prune.tokens",), "export: {size: static}", None),
+        (("prune.steps",), "export: {size: dynamic}", None),
     ],
 )
-def test_a_cache_is_for_the_steps_of_the_engine(tmp_path, stages, told, steps, why):
+def test_stages_that_do_not_go_with_the_engine(tmp_path, stages, settings, why):
     file = tmp_path / "mine.yaml"
-    settings = [f"calibration: {{steps: {told}}}", f"evaluate: {{steps: {steps}}}"]
-    file.write_text("\n".join(["model: x", *settings, "stages:", *(f"  - {stage}" for stage in stages)]))
+    file.write_text("\n".join(["model: x", settings, "stages:", *(f"  - {stage}" for stage in stages)]))
     if why is None:
-        assert load_recipe(file, methods=ALL).calibration.steps == (None if told == "null" else told)
+        assert load_recipe(file, methods=ALL).stages
     else:
-        with pytest.raises(RecipeError, match=rf"stages\.{len(stages) - 1}\.prune\.steps: {why}"):
+        with pytest.raises(RecipeError, match=rf"stages\.{len(stages) - 1}\.prune\.{why}"):
             load_recipe(file, methods=ALL)
 
 

@@ -247,12 +247,19 @@ def test_a_wrong_sign_in_the_extrapolation_is_caught(cut_engines, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_policy_for_another_schedule_is_not_built(cut_engines):
+def test_a_policy_for_another_schedule_is_not_built(cut_engines, monkeypatch):
     generator, folder, _ = cut_engines("dit")
     with pytest.raises(
         ConfigError, match=r"was fitted for the timesteps 999, .* but this run has .* too; allowed: the"
     ):
         prove(generator, folder, plan=dataclasses.replace(PLAN, steps=4))
+    known = generator.cache.timesteps
+    finer = sorted({*known, *(timestep - 1 for timestep in known)}, reverse=True)  # twice as many steps
+    monkeypatch.setattr(
+        generator, "cache", dataclasses.replace(generator.cache, timesteps=tuple(finer), computed=REUSING * 2)
+    )
+    with pytest.raises(ConfigError, match=r"was fitted for the timesteps 999, 998, .* but this run leaves some out"):
+        prove(generator, folder)
 
 
 def test_what_cannot_be_cut_is_refused_first(dit, sd):

@@ -10,6 +10,7 @@ from tiny import make_flux
 from torch import nn
 from torch.nn import functional as F
 
+import diffpress
 from diffpress.errors import ConfigError, EngineError
 from diffpress.export.attribution import KINDS, Layer, attribute
 from diffpress.export.build import export_part
@@ -17,6 +18,7 @@ from diffpress.export.components import find_components
 from diffpress.export.graph import export_graph
 from diffpress.export.profile import (
     EngineProfile,
+    check_timed,
     latency_table,
     layer_latency,
     open_denoiser,
@@ -302,6 +304,26 @@ def test_what_an_engine_for_one_plan_looks_up_takes_no_time(dit, context, tmp_pa
         layers = profile(session, inputs, rounds=1).layers
         found = [layer for layer in layers if layer.modules == (name,) and layer.op in ("MatMul", "Gemm")]
         assert len(found) == products, [layer.modules for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"target": "onnxruntime", "providers": ("CPUExecutionProvider",)}, None),
+        ({"target": "openvino"}, None),
+        ({"target": "openvino", "providers": ("GPU",)}, "openvino on GPU"),
+        ({"target": "onnxruntime", "providers": ("CUDAExecutionProvider",)}, "onnxruntime on CUDAExecutionProvider"),
+        ({"target": "tensorrt"}, "tensorrt"),
+    ],
+)
+def test_a_recipe_that_needs_the_time_of_layers(settings, where, dit_folder, tmp_path):
+    recipe = {"stages": [{"prune.width": {"latency": 0.5}}], "export": settings, "evaluate": {"samples": 2}}
+    if where is None:
+        check_timed("prune.width", ExportConfig(**settings))
+    else:
+        with pytest.raises(ConfigError, match=f"prune.width: needs the time of each layer, which target {where} does"):
+            diffpress.compress(dit_folder, recipe, tmp_path / "out")
+        assert not (tmp_path / "out/stages").exists()
 
 
 @TARGET

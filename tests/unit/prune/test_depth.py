@@ -396,12 +396,16 @@ def test_closest_budget_that_is_named_can_be_met(deep, context):
     assert len(applied.metadata["removed"]) == 5
 
 
-def test_latency_needs_a_table_and_one_that_suffices(deep, context):
+def test_latency_needs_a_table_and_one_that_suffices(deep, context, monkeypatch):
     with pytest.raises(ConfigError, match=r"latency 0\.5 needs latencies measured on the engine"):
         prune(deep, context(deep), latency=0.5)
     given = replace(context(deep), latency=lambda generator: {"": 10.0} | dict.fromkeys(blocks(*range(6)), 1.0))
-    with pytest.raises(ConfigError, match=r"latency 0\.4 cannot be met with a unit left; the closest that can is 0\.5"):
-        prune(deep, given, latency=0.4)
+    with monkeypatch.context() as patch:
+        patch.delattr("diffpress.prune.depth.record")  # refused before any run
+        with pytest.raises(
+            ConfigError, match=r"latency 0\.4 cannot be met with a unit left; the closest that can is 0\.5"
+        ):
+            prune(deep, given, latency=0.4)
     assert prune(deep, given, latency=0.5).metadata["left"] == pytest.approx(0.5)
 
 

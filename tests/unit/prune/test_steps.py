@@ -50,6 +50,16 @@ def given(context):
     return make
 
 
+def test_a_policy_is_fitted_to_the_engines_runs(dit, given):
+    """Not to calibration runs, which may have other steps and no guidance."""
+    final = dataclasses.replace(PLAN, steps=4)
+    context = dataclasses.replace(given(dit), final=final)
+    fitted = apply(dit, context, interval=2).metadata
+    assert fitted["steps"] == 4
+    other = apply(dit, dataclasses.replace(context, final=dataclasses.replace(final, guidance_scale=1.0)), interval=2)
+    assert other.metadata["error"] != fitted["error"]
+
+
 def apply(generator, context, **settings):
     stage = Steps(StepsConfig(**settings))
     stage.check(generator, TARGETS["onnxruntime"])

@@ -264,12 +264,16 @@ def test_processors(dit):
     assert isinstance(dit.denoiser.transformer_blocks[1].attn1.processor, PooledKeys)
 
 
+@pytest.mark.parametrize("family", ["dit", "sd"])
 @pytest.mark.parametrize("method", ["pool", "coarse", "merge"])
-def test_engine_computes_what_the_reduced_network_computes(dit, context, method, engine, relative, tmp_path):
-    given = context(dit)
-    everywhere(dit, given, method)
-    session, graph = engine(dit, given, tmp_path / "model.onnx")
-    for call in dit.record(given.conditions[:1], seeds=[5], plan=given.plan):
+def test_engine_computes_what_the_reduced_network_computes(
+    request, family, context, method, engine, relative, tmp_path
+):
+    generator = request.getfixturevalue(family)
+    given = context(generator)
+    everywhere(generator, given, method)
+    session, graph = engine(generator, given, tmp_path / "model.onnx")
+    for call in generator.record(given.conditions[:1], seeds=[5], plan=given.plan):
         assert relative(session(flatten_inputs(call.inputs))[0], call.output) < 1e-4
     assert not [node.op_type for node in graph.node if node.op_type in ("If", "Loop", "NonZero")]
 
