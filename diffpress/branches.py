@@ -26,6 +26,10 @@ class Branches:
         self.branch = ""
         """That of the last call, or the mark of the present block."""
         self._mark = ""
+        self.forget_branches()
+
+    def forget_branches(self) -> None:
+        """Tell the calls that follow apart anew."""
         self._known: dict[str, list[Sequence[Tensor]]] = {}
         self._last: dict[str, tuple[float, int]] = {}
 

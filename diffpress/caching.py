@@ -147,9 +147,10 @@ class CacheState:
         self.unknown: set[float] = set()
         """Timesteps met that the policy was not fitted for."""
         self._warned = False
-        self._begin_anew(None)
+        self.begin_anew(None)
 
-    def _begin_anew(self, step: int | None) -> None:
+    def begin_anew(self, step: int | None) -> None:
+        """Forget all that was kept; ``step`` is the present one, None before a run."""
         self.history: list[bool] = []
         """For each call of the present run whether it was computed in full."""
         self._step = step
@@ -170,7 +171,7 @@ class CacheState:
         elif same and before is not None and step > before + 1:
             self._warn(f"timestep {timestep:g}, step {step + 1} of its {count}, follows step {before + 1}")
         if not (same and before is not None and step == before + 1):
-            self._begin_anew(step)
+            self.begin_anew(step)
         self._step, self._shape, self._call = step, shape, tuple(conditions)
         if step is None or self._stored is None or self.policy.computed[step]:
             return "compute"
@@ -232,6 +233,12 @@ class Caches(Branches):
     def unknown(self) -> set[float]:
         """Timesteps met that the policy was not fitted for, all branches."""
         return {timestep for state in self.states for timestep in state.unknown}
+
+    def forget(self) -> None:
+        """Keep nothing of the calls before; what was warned of stays warned of."""
+        self.forget_branches()
+        for state in self.states:
+            state.begin_anew(None)
 
     def decide(self, inputs: dict[str, Any]) -> Decision:
         """`CacheState.begin` of the branch that a call with ``inputs`` by name belongs to."""

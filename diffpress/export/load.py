@@ -87,6 +87,8 @@ def load(
         keep_size(pipeline, plan)
     if manifest.get("distilled"):
         keep_plan(pipeline, plan)
+    if policy is not None:
+        _keep_runs_apart(pipeline)
     return pipeline
 
 
@@ -152,6 +154,19 @@ def keep_plan(pipeline: Any, plan: SamplingPlan) -> None:
 
     _prepare_calls(pipeline, prepare)
     pipeline.sampling_plan = plan
+
+
+def _keep_runs_apart(pipeline: Any) -> None:
+    """Begin each call of ``pipeline`` without features of the one before, wherever that one ended."""
+    denoisers = [part for part in pipeline.components.values() if isinstance(part, CachedEngineDenoiser)]
+
+    @contextmanager
+    def prepare(self: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for denoiser in denoisers:
+            denoiser.caches.forget()
+        yield {}
+
+    _prepare_calls(pipeline, prepare)
 
 
 def _policy(manifest: dict[str, Any]) -> CachePolicy | None:

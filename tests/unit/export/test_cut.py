@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from diffpress.caching import CachePolicy, CacheState, Cut, cached, extrapolate
+from diffpress.caching import CachePolicy, Caches, CacheState, Cut, cached, extrapolate
 from diffpress.errors import ArtifactError, ConfigError, EngineError, ParityError
 from diffpress.export.build import MANIFEST, check_export, export
 from diffpress.export.components import find_components
@@ -367,6 +367,30 @@ def test_no_picture_sees_another_through_the_engine(ddpm_built, monkeypatch):
     monkeypatch.setattr(CacheState, "begin", lambda self, *args: "reuse")  # control: never cleared
     monkeypatch.setattr(CacheState, "predict", lambda self: self._differences[0])
     assert not np.allclose(draw(engine, (7,)), alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_run_that_was_ended_early_leaves_nothing(ddpm_built, monkeypatch, forgets):
+    """The next may begin where it ended, as image to image does."""
+    pipeline = load(ddpm_built[1].folder)
+    scheduler, caches = pipeline.scheduler, pipeline.unet.caches
+    if not forgets:  # control
+        monkeypatch.setattr(Caches, "forget", lambda self: None)
+    with monkeypatch.context() as patch:
+        patch.delattr(type(scheduler), "step")
+        with pytest.raises(AttributeError):
+            pipeline(num_inference_steps=PLAN.steps)
+    assert caches.state.history == [True]
+    whole = scheduler.set_timesteps
+
+    def from_the_second(*args, **kwargs):
+        whole(*args, **kwargs)
+        scheduler.timesteps = scheduler.timesteps[1:]
+
+    monkeypatch.setattr(scheduler, "set_timesteps", from_the_second)
+    pipeline(num_inference_steps=PLAN.steps)
+    assert caches.state.history == ([True, *REUSING[2:]] if forgets else list(REUSING))
 
 
 @pytest.mark.slow
