@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from pydantic import ValidationError
 from scipy.stats import spearmanr
 from tiny import fill_zeros, make_autoencoder, make_flux, make_scheduler
@@ -92,6 +93,22 @@ def test_a_planted_identity_is_the_first_to_go(deep, context, first_call, plante
     assert applied.metadata["error"] == 0.0
     assert torch.equal(first_call(deep, call)[0], before)
     assert applied.metadata["plain"] == (planted != 0)  # block 0's embedding is read by the network's end
+
+
+def test_a_planted_identity_of_a_unet_is_the_first_to_go(sd, context):
+    units = [unit.name for unit in find_units(sd.denoiser, "block")]
+    planted = [name for name in units if isinstance(sd.denoiser.get_submodule(name), ResnetBlock2D)]
+    assert len(planted) > 1
+    for name in planted:
+        generator = Generator.load(sd.source)
+        last = generator.denoiser.get_submodule(name).conv2
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.zero_()
+        applied = prune(generator, context(generator), remove=1 / len(units))
+        assert applied.metadata["removed"] == [name]
+        assert applied.metadata["error"] == 0.0
+    assert prune(sd, context(sd), remove=1 / len(units)).metadata["error"] > 1e-6  # control
 
 
 def test_planted_identities_among_the_sublayers_go_first(deep, context):
