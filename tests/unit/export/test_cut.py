@@ -364,7 +364,8 @@ def test_no_picture_sees_another_through_the_engine(ddpm_built, monkeypatch):
     both = draw(engine, (7, 5))
     np.testing.assert_allclose(both[:1], alone, rtol=1e-4, atol=1e-4)
     draw(engine, (5,))
-    monkeypatch.setattr(CacheState, "begin", lambda self, *args: "reuse")  # control: never cleared
+    monkeypatch.setattr(Caches, "forget", lambda self: None)  # control: never cleared
+    monkeypatch.setattr(CacheState, "begin", lambda self, *args: "reuse")
     monkeypatch.setattr(CacheState, "predict", lambda self: self._differences[0])
     assert not np.allclose(draw(engine, (7,)), alone, rtol=1e-3, atol=1e-3)
 
