@@ -93,7 +93,7 @@ def check_timed(name: str, settings: ExportConfig) -> None:
         where = f" on {', '.join(settings.providers)}" if settings.providers else ""
         raise ConfigError(
             f"{name}: needs the time of each layer, which target {target}{where} does not tell; allowed: onnxruntime "
-            "and openvino on the CPU, or another budget"
+            "and openvino on the CPU, or settings without such a budget"
         )
 
 
