@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,15 +73,16 @@ def tolerance_of(module: nn.Module, compute: str) -> float:
     return FLOAT_TOLERANCE if compute == "float32" and not has_codes(module) else ROUNDED_TOLERANCE
 
 
-def moved_by_rounding(module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[Tensor], compute: str) -> float:
-    """Relative L2 distance that rounding errors in ``inputs`` and in the outputs of its layers move ``outputs``.
+@contextmanager
+def shaken(module: nn.Module, compute: str) -> Iterator[Callable[[Any], Any]]:
+    """Inside, what layers with weights return has rounding errors of ``compute``; the value does so to a tensor.
 
     In a deep network in 8 bits values near the middle of two codes fall the other way, and move others: with random
     weights 1e-6 become percents. No two run-times agree better than that.
     """
     random = torch.Generator().manual_seed(0)
 
-    def shaken(value: Any) -> Any:
+    def shake(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         return value * (1 + ROUNDING[compute] * torch.randn(value.shape, generator=random).to(value))
@@ -89,10 +90,16 @@ def moved_by_rounding(module: nn.Module, inputs: dict[str, Tensor], outputs: Seq
     with ExitStack() as stack, torch.no_grad():
         for layer in module.modules():
             if getattr(layer, "weight", None) is not None:
-                hook = layer.register_forward_hook(lambda layer, args, output: shaken(output))
+                hook = layer.register_forward_hook(lambda layer, args, output: shake(output))
                 stack.callback(hook.remove)
-        found = module(*map(shaken, inputs.values()))
-    return max(_difference("torch", *pair) for pair in zip(found, outputs, strict=True))
+        yield shake
+
+
+def moved_by_rounding(module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[Tensor], compute: str) -> float:
+    """Relative L2 distance that rounding errors in ``inputs`` and in each layer move the ``outputs`` of ``module``."""
+    with shaken(module, compute) as shake:
+        found = module(*map(shake, inputs.values()))
+    return max(map(relative_difference, found, outputs))
 
 
 def compare(
@@ -143,7 +150,7 @@ def compare_resized(session: Session, at_size: Parity, call: tuple[dict[str, Ten
 
 
 def _difference(what: str, actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach().cpu().double(), expected.cpu().double()
+    actual, expected = actual.detach().cpu(), expected.cpu()
     if actual.shape != expected.shape:
         raise ParityError(f"{what} has shape {list(actual.shape)}, torch gives {list(expected.shape)}")
     if not torch.isfinite(actual).all():
@@ -151,6 +158,12 @@ def _difference(what: str, actual: Tensor, expected: Tensor) -> float:
         raise ParityError(f"{what} is not finite ({share:.1%} of the values are NaN or infinite)")
     if actual.numel() > 1 and actual.std() == 0 and expected.std() > 0:
         raise ParityError(f"{what} is constant ({actual.flatten()[0].item():g}), torch's is not")
+    return relative_difference(actual, expected)
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||."""
+    actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
 
 

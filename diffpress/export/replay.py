@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffpress.caching import CachePolicy, CacheState, cached
+from diffpress.caching import CachePolicy, Caches, CacheState, cached
 from diffpress.errors import ConfigError
 from diffpress.export.components import in_turn
 from diffpress.export.cut import OUTPUT, PIECES, eight_bit_products, piece_path
 from diffpress.export.modules import CachedEngineDenoiser
-from diffpress.export.parity import Parity, check_precision, compare, open_built, tolerance_of
+from diffpress.export.parity import (
+    Parity,
+    check_precision,
+    compare,
+    has_codes,
+    open_built,
+    relative_difference,
+    shaken,
+    tolerance_of,
+)
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Call, Generator, SamplingPlan, argument_names, patched
 
@@ -43,6 +54,7 @@ def prove_cache(
     policy, name = generator.cache, generator.denoiser_name
     assert policy is not None
     steps = _record(generator, policy, conditions, plan, 1 if settings.batch == "dynamic" else settings.batch)
+    noise = functools.cache(lambda: _moved_along(generator.denoiser, policy, steps, settings.compute))
     sessions = {}
     for piece in PIECES[policy.kind]:
         sessions[piece] = open_built(piece_path(folder / name, piece), generator.denoiser, settings)
@@ -53,6 +65,7 @@ def prove_cache(
         _Follower(engine, iter(steps)),
         calls,
         tolerance=tolerance_of(generator.denoiser, settings.compute) * amplification(policy),
+        noise=(lambda inputs, outputs: noise()) if has_codes(generator.denoiser) else None,
     )
     for piece, session in sessions.items():
         wanted = eight_bit_products(piece_path(folder / name, piece))
@@ -101,6 +114,24 @@ def _record(
     return steps
 
 
+def _moved_along(network: nn.Module, policy: CachePolicy, steps: Sequence[_Step], compute: str) -> float:
+    """How far rounding errors in each layer, and in what is reused of them, move an output of the run in torch."""
+    moved = []
+    with cached(network, policy) as caches, shaken(network, compute):
+        for step in steps:
+            with _follow(caches, step):
+                found = network(**step.call.inputs, **{**step.call.constants, "return_dict": False})[0]
+            moved.append(relative_difference(found, step.call.output))
+    return max(moved)
+
+
+@contextmanager
+def _follow(caches: Caches, step: _Step) -> Iterator[None]:
+    """Be in the step's guidance branch, and let a first-block test decide as it did there."""
+    with caches.context(step.branch), patched(caches.state, "passes", lambda residual: not step.computed):
+        yield
+
+
 class _Follower:
     """The engine as a `Session` of one output that goes through the recorded steps in turn."""
 
@@ -112,8 +143,7 @@ class _Follower:
 
     def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         step = next(self.steps)
-        caches = self.engine.caches
-        with caches.context(step.branch), patched(caches.state, "passes", lambda residual: not step.computed):
+        with _follow(self.engine.caches, step):
             return [self.engine(**{**inputs, **step.call.constants, "return_dict": False})[0]]
 
     def quantized_ops(self) -> int:

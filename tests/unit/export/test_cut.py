@@ -22,7 +22,7 @@ from diffpress.export.cut import PIECES, cut_piece, eight_bit_products, export_p
 from diffpress.export.graph import clean
 from diffpress.export.load import load
 from diffpress.export.modules import CachedEngineDenoiser
-from diffpress.export.parity import compare
+from diffpress.export.parity import ROUNDING, compare
 from diffpress.export.replay import amplification, prove_cache
 from diffpress.export.scopes import read_sources
 from diffpress.export.session import open_session
@@ -312,6 +312,20 @@ def test_in_8_bits(int8_built):
     history = engine.denoiser.caches.states[0].history
     assert len(history) == 5
     assert 0 < sum(history) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", [0.0, 0.02])
+def test_what_rounding_moves_along_the_run_is_allowed(int8_built, monkeypatch, rounding):
+    generator, built = int8_built
+    monkeypatch.setattr("diffpress.export.replay.tolerance_of", lambda *args: 1e-9)
+    monkeypatch.setitem(ROUNDING, "float32", rounding)
+    if rounding:
+        parity = prove(generator, built.folder, target="openvino")
+        assert parity.error < 1e-2 < parity.tolerance < 1
+    else:
+        with pytest.raises(ParityError, match=r"cached: the engine differs from torch by .*allowed: 1\.0e-09"):
+            prove(generator, built.folder, target="openvino")
 
 
 @pytest.mark.slow
