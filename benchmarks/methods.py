@@ -6,9 +6,11 @@
     python benchmarks/methods.py structure dit-int8 benchmarks/results/structure-dit.json --recover 400
     python benchmarks/methods.py peers dit-int8 benchmarks/results/peers-dit.json
     python benchmarks/methods.py budget dit-int8 benchmarks/results/budget-dit.json
+    python benchmarks/methods.py steps dit-narrow benchmarks/results/steps-dit-narrow.json --folder out/dit-narrow
 
 The second argument is a shipped recipe; its stages are replaced by each variant's, everything else stays. Variants run
-in one folder, so that the original's pictures, the same for all, are drawn once. Further arguments are overrides;
+in one folder, so that the original's pictures, the same for all, are drawn once; ``--folder`` goes on from a run of the
+recipe, whose stages are not done again, and leaves the last variant's engine there. Further arguments are overrides;
 ``--variants`` measures only those whose name contains one of the given words; ``--recover`` appends `prune.recover` of
 so many updates where something was removed, for all on the same records. The result is written after every variant, and
 the same command goes on from there; variants of another CPU than the file's say so. A plot of latent error against
@@ -49,7 +51,7 @@ def weights(**settings: object) -> dict:
 SMOOTH = {"quantize.smooth": {"alpha": 0.5}}
 SEARCH = {"quantize.smooth": {"alpha": "search"}}
 ONLINE = {"quantize.smooth": {"alpha": "search", "online": 0.1}}
-SMOOTHED, OWN = "the recipe's quantize.smooth, if it has one", "the recipe's stages"
+SMOOTHED, OWN = "the recipe's quantize.smooth, if it has one", "the recipe's stages, but for its schedule and cache"
 REPARAM: dict = {"quantize.reparam": {}}
 WHOLE = {"observer": "mse", "split_skips": False}  # convolutions read a skip concatenation as one tensor
 GPTQ = {"observer": "mse", "rounding": "gptq", "bias_correction": True}
@@ -103,13 +105,18 @@ def width(share: float) -> dict[str, list[dict]]:
     }
 
 
+def few(*counts: int) -> dict[str, list[dict | str]]:
+    """Fewer steps, spaced about as well as can be."""
+    return {f"{steps} steps": [{"prune.schedule": {"steps": steps, "evaluations": 8}}] for steps in counts}
+
+
 def caches() -> dict[str, list[dict | str]]:
-    """Caches by their error budget, and what they compete with: fewer steps, spaced about as well as can be."""
+    """Caches by their error budget, and what they compete with: fewer steps."""
     return {
         f"{method}, error {error:g}": [{"prune.steps": {"method": method, "error": error}}]
         for method in ("interval", "taylor", "first_block")
         for error in (0.05, 0.1, 0.2)
-    } | {f"{steps} steps": [{"prune.schedule": {"steps": steps, "evaluations": 8}}] for steps in (4, 6, 8, 10, 12, 14)}
+    } | few(4, 6, 8, 10, 12, 14)
 
 
 def schedules() -> dict[str, list[dict]]:
@@ -153,7 +160,10 @@ def within(stages: list[dict], error: float) -> list[dict]:
 
 def filled(stages: Sequence[dict | str], recipe: dict) -> list[dict]:
     """``stages`` with those of the recipe, or with its smoothing if it has any, where they ask for them."""
-    own = {OWN: recipe["stages"], SMOOTHED: [stage for stage in recipe["stages"] if "quantize.smooth" in stage]}
+    own = {
+        OWN: [stage for stage in recipe["stages"] if not stage.keys() & {"prune.schedule", "prune.steps"}],
+        SMOOTHED: [stage for stage in recipe["stages"] if "quantize.smooth" in stage],
+    }
     return [chosen for stage in stages for chosen in (own[stage] if isinstance(stage, str) else [stage])]
 
 
@@ -170,6 +180,7 @@ KINDS: dict[str, Mapping[str, Sequence[dict | str] | float | None]] = {
     "width": NOTHING | width(0.75) | width(0.5),
     "structure": NOTHING | structures(0.7) | structures(0.6) | structures(0.5),
     "schedule": NOTHING | schedules(),
+    "steps": {name: [OWN, *stages] for name, stages in few(2, 3, 4, 5, 6, 8, 10).items()},
     "tokens": NOTHING | tokens(),
     "peers": {"float": [], "diffpress": None} | dict.fromkeys(peers.PEERS),
 }
@@ -199,7 +210,7 @@ def measure(kind: str, variant: str, recipe: dict, args: argparse.Namespace, fol
     result = diffpress.compress(
         recipe["model"],
         recipe | {"stages": [*stages, *after]},
-        folder / "run",
+        args.folder or folder / "run",
         overrides=args.overrides,
         progress=PROGRESS,
     )
@@ -267,6 +278,7 @@ def main() -> None:
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULT", "IMAGE"))
     parser.add_argument("--variants", nargs="+", default=[""], metavar="WORD")
     parser.add_argument("--recover", type=int, metavar="UPDATES")
+    parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     if args.plot:
         plot(read_json(args.plot[0]), args.plot[1])
