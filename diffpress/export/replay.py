@@ -47,7 +47,8 @@ def prove_cache(
     """Give the engine's denoiser the inputs of a run in torch, call by call, and compare what it returns.
 
     What it reuses is its own, and so are the roundings in it, which extrapolation amplifies (`amplification`). In
-    tested runs it follows torch in which calls reuse, for a rounding near the threshold would decide otherwise.
+    tested runs it follows torch in which calls reuse, for a rounding near the threshold would decide otherwise. In 8
+    bits twice what rounding errors in each layer move the run in torch is allowed, where that is more.
     Raises ConfigError for a policy fitted for another schedule than ``plan``'s, ParityError, PrecisionError where a
     piece has fewer 8-bit products than it should.
     """
