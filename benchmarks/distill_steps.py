@@ -28,7 +28,6 @@ import diffpress
 from diffpress.artifact import read_json, write_json
 from diffpress.compress.evaluation import conditions_of
 from diffpress.compress.loading import load_recipe
-from diffpress.compress.measured import median_interval
 from diffpress.compress.methods import METHODS
 from diffpress.compress.progress import RichProgress
 from diffpress.compress.recipe import find_path
@@ -38,7 +37,7 @@ from diffpress.eval.fidelity import relative_error
 from diffpress.eval.latency import benchmark, speedups
 from diffpress.eval.machine import describe_machine
 from diffpress.eval.replicates import Replicates, density_coverage_replicates, frechet_replicates
-from diffpress.eval.statistics import interval, mean_interval, paired_ratio
+from diffpress.eval.statistics import interval, mean_interval, median_interval, paired_ratio
 from diffpress.generator import Generator, SamplingPlan
 
 SOLVERS = {

@@ -25,9 +25,9 @@ from denoisers.results import write
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from diffpress.compress.measured import median_interval
 from diffpress.eval.latency import benchmark, latency_ratios
 from diffpress.eval.machine import describe_machine
+from diffpress.eval.statistics import median_interval
 from diffpress.export import ExportConfig
 from diffpress.export.profile import latency_table, open_denoiser, predicted_latency, profile
 from diffpress.generator import Generator

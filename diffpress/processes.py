@@ -1,10 +1,17 @@
-"""Several processes at work on one run, as ``accelerate launch`` starts them; alone, nothing here does anything."""
+"""Several processes at work on one run, as ``accelerate launch`` starts them, and fresh ones for what must be alone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffpress.errors import InfrastructureError
 
 T = TypeVar("T")
 
@@ -37,3 +44,31 @@ def wait_for_all() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=without_gpu()).wait_for_everyone()
+
+
+def apart(function: Callable[..., T], *given: Any, **named: Any) -> T:
+    """What ``function`` of a module gives, called in a fresh process with as many threads of torch as this one has.
+
+    The process knows nothing of the caller's script, which `multiprocessing` would run again. Arguments and result are
+    pickled. Raises InfrastructureError with the last line of a process that fails.
+    """
+    import torch
+
+    code = f"import pickle, sys; from {__name__} import _answer; _answer(*pickle.load(sys.stdin.buffer))"
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "answer"
+        asked = pickle.dumps((file, torch.get_num_threads(), function, given, named))
+        done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, env=paths)
+        if done.returncode:
+            said = "".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
+            raise InfrastructureError(f"a process for {function.__name__} ended early: {said}")
+        found: T = pickle.loads(file.read_bytes())
+        return found
+
+
+def _answer(file: Path, threads: int, function: Callable[..., Any], given: tuple[Any, ...], named: dict) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    file.write_bytes(pickle.dumps(function(*given, **named)))

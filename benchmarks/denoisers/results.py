@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffpress.compress.measured import median_interval
-from diffpress.eval.statistics import mean_interval, median_ratio_interval
+from diffpress.eval.statistics import mean_interval, median_interval, median_ratio_interval
 
 FLOOR = 1e-3
 """Errors below it are drawn there."""

@@ -34,6 +34,7 @@ FEATURES_FILE = Path("evaluation") / "features.safetensors"
 _NEGLIGIBLE = 1e-3  # latent errors below this count as this: float32 run-times differ that much among themselves
 _SAME_REFERENCE = 1e-2  # relative L2 distance of two references that count as one
 _OWN = ("memory_mib",)  # facts of a machine that change without changing it
+_HOW_OFTEN = ("latency_rounds", "latency_processes")  # more of them make a figure surer, not another one
 
 
 @config
@@ -114,6 +115,7 @@ def _samples(report: Report) -> dict[str, int]:
 def _conditions(report: Report) -> dict[str, Any]:
     """What must be equal before figures of two reports may be compared."""
     machine = {key: value for key, value in report.provenance.machine.items() if key not in _OWN}
+    evaluate = report.recipe.get("evaluate") or {}
     versions = {name: version for name, version in machine.pop("versions", {}).items() if name != "diffpress"}
     return {
         "machine": machine,
@@ -121,7 +123,7 @@ def _conditions(report: Report) -> dict[str, Any]:
         "seed of the pictures": report.provenance.seeds.get("pictures"),
         "preprocessing": report.provenance.preprocessing,
         "model hash": report.model.hash,
-        "evaluate": report.recipe.get("evaluate"),
+        "evaluate": {name: value for name, value in evaluate.items() if name not in _HOW_OFTEN},
         "picture": {side: report.recipe.get("export", {}).get(side) for side in ("height", "width")},
         "batch": {f"{row.scope}, {row.candidate}": row.batch for row in report.latency},
     }

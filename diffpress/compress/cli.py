@@ -35,6 +35,9 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Changes, as evaluate.samples=64 or quantize.int8.observer=mse."),
 ]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'diffpress run' made.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", callback=place_for, help="Write every figure as JSON.")
+]
 
 
 def command() -> click.Command:
@@ -233,10 +236,9 @@ def evaluate(directory: Directory) -> None:
 def benchmark(
     directory: Directory,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved timing rounds.")] = 20,
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes, each of so many rounds.")] = 1,
     beside: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="More runs, or engines, to time.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", callback=place_for, help="Write every timing.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time the engine in DIR beside stock diffusers and other engines, in turns. The report is left alone.
 
@@ -244,11 +246,12 @@ def benchmark(
 
     diffpress benchmark demo --rounds 50
 
-    diffpress benchmark out/small --beside out/int8 --json small.json
+    diffpress benchmark out/small --beside out/int8 --processes 6 --json small.json
     """
-    from diffpress.compress import measured, runner, tables
+    from diffpress.compress import measured, tables
+    from diffpress.compress.runner import measure_latency
 
-    rows = runner.measure_latency(directory, rounds=rounds, beside=beside or (), progress=_progress())
+    rows = measure_latency(directory, rounds=rounds, processes=processes, beside=beside or (), progress=_progress())
     print_table(*tables.timing_table(rows))
     if json_file:
         measured.write_timings(rows, json_file)
@@ -264,9 +267,7 @@ def profile(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for profile.json and profile.svg.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", callback=place_for, help="Write the JSON alone.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Show where the time of the engine in DIR goes: by part, by layer and by kind of work.
 

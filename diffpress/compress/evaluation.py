@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
 
 from diffpress.artifact import folder_hash
@@ -36,6 +37,12 @@ logger = logging.getLogger(__name__)
 NEIGHBOURS = 5
 """Nearest pictures of the reference that density and coverage look at."""
 CALIBRATION_SEED, REFERENCE_SEED, TRAINING_SEED = 1_000_000, 2_000_000, 10_000_000
+
+
+def load_original(recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Generator:
+    """The recipe's model."""
+    found = find_path(recipe.model)
+    return Generator.load(found or recipe.model, revision=recipe.revision, variant=recipe.variant, dtype=dtype)
 
 
 def plan_of(recipe: Recipe) -> SamplingPlan:

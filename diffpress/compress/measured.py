@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.stats
 
 from diffpress import __version__
 from diffpress.artifact import write_json
@@ -18,11 +16,10 @@ from diffpress.eval.latency import speedups
 from diffpress.eval.machine import describe_machine
 from diffpress.eval.metrics import METRICS
 from diffpress.eval.statistics import (
-    LEVEL,
     Estimate,
     interval,
-    level_of,
     mean_interval,
+    median_interval,
     median_ratio_interval,
     paired_difference,
     paired_ratio,
@@ -95,9 +92,10 @@ def latency_rows(
             scope=scope,
             candidate=name,
             batch=batch,
-            median=median_interval(timing.samples_ms, unit="ms"),
+            median=median_interval(timing.samples_ms, unit="ms", processes=timing.processes),
             p95_ms=timing.p95_ms,
             samples_ms=timing.samples_ms,
+            processes=timing.processes,
             speedup=gains.get(name),
             peak_memory_mib=(memory_mib or {}).get(name),
         )
@@ -107,9 +105,11 @@ def latency_rows(
 
 def over_engine(rows: Sequence[Latency]) -> list[Estimate | None]:
     """For each row its time over the engine's at the same scope, by the rounds they share; None for the engine."""
-    engines = {row.scope: row for row in rows if row.candidate == "engine"}
+    engines = {row.scope: row.samples_ms for row in rows if row.candidate == "engine"}
     return [
-        None if row.candidate == "engine" else median_ratio_interval(row.samples_ms, engines[row.scope].samples_ms)
+        None
+        if row.candidate == "engine"
+        else median_ratio_interval(row.samples_ms, engines[row.scope], processes=row.processes)
         for row in rows
     ]
 
@@ -121,16 +121,3 @@ def write_timings(rows: Sequence[Latency], file: Path) -> None:
         for row, ratio in zip(rows, over_engine(rows), strict=True)
     ]
     write_json(file, {"version": __version__, "machine": describe_machine(), "latency": timed})
-
-
-def median_interval(values: Sequence[float], *, unit: str, level: float = LEVEL) -> Estimate:
-    """Median with the interval of the sign test (no assumption on the distribution).
-
-    The range, at its own level, for very few values; at least two.
-    """
-    found: Any = scipy.stats.quantile_test(values, p=0.5).confidence_interval(level)
-    low = min(values) if math.isnan(found.low) else found.low
-    high = max(values) if math.isnan(found.high) else found.high
-    middle = float(np.median(values))
-    n, method, level = len(values), "order statistics", level_of(len(values), level)
-    return Estimate(value=middle, low=float(low), high=float(high), level=level, n=n, unit=unit, method=method)

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffpress.compress.measured import median_interval
 from diffpress.errors import ArtifactError, ConfigError, EngineError
-from diffpress.eval.statistics import Estimate
+from diffpress.eval.statistics import Estimate, median_interval
 from diffpress.export import load
 from diffpress.export.attribution import Kind
 from diffpress.export.build import MANIFEST

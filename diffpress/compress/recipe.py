@@ -109,6 +109,8 @@ class Evaluate:
     """Stock diffusers runs beside the engine: eager fp32, matmul precision medium, torch.compile in bf16."""
     latency_rounds: Annotated[int, Field(ge=3)] = 20
     """Interleaved timing rounds; each candidate is timed once in a round."""
+    latency_processes: Count = 1
+    """Processes that time so many rounds each; with 6 or more, intervals hold from one process to another, as a gate on latency needs."""  # noqa: E501
 
     @model_validator(mode="after")
     def _distinct(self) -> Evaluate:

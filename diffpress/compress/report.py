@@ -187,6 +187,8 @@ class Latency:
     """95th percentile, ms."""
     samples_ms: tuple[Amount, ...]
     """Every timing in order, ms."""
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Processes that the timings are of, as many of each in turn; intervals of several are of their medians."""
     speedup: Estimate | None = None
     """Eager's time over this one's; null: eager was not timed, or is this candidate."""
     peak_memory_mib: Amount | None = None

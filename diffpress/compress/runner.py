@@ -6,14 +6,12 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 
 from diffpress import __version__, processes
@@ -55,7 +53,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, artifact: Artifact, progress: Progress) -> None:
         self.recipe, self.artifact, self.progress = recipe, artifact, progress
-        self.original = load_original(recipe)
+        self.original = evaluation.load_original(recipe)
         assert self.original.source is not None
         self.source = self.original.source
         self.model_hash = _model_hash(self.source, recipe.variant)
@@ -99,7 +97,7 @@ class Run:
             pool=read_prompts(self.recipe.evaluate.prompts),
             work=work,
             train_seed=self.recipe.seed + evaluation.TRAINING_SEED,
-            original=partial(load_original, self.recipe),
+            original=partial(evaluation.load_original, self.recipe),
             latency=partial(
                 layer_latency,
                 settings=self.recipe.export,
@@ -149,7 +147,7 @@ class Run:
 
     def _restore(self, keys: list[str]) -> tuple[Generator, list[int]]:
         """The generator after the last finished stage, and the stages still to do."""
-        generator = load_original(self.recipe)
+        generator = evaluation.load_original(self.recipe)
         finished = 0
         for number, (name, _) in enumerate(self.stages):
             if self.artifact.done(stage_name(number, name), keys[number]) is None:
@@ -250,10 +248,13 @@ class Run:
     def _latency(self, engine: Generator, engine_hash: str) -> tuple[Latency, ...]:
         chosen, plan = self.recipe.evaluate, dataclasses.asdict(evaluation.plan_of(self.recipe))
         machine = describe_machine()
-        key = fingerprint(engine_hash, self.model_hash, plan, chosen.baselines, chosen.latency_rounds, machine)
+        count = {"rounds": chosen.latency_rounds, "processes": chosen.latency_processes}
+        key = fingerprint(engine_hash, self.model_hash, plan, chosen.baselines, count, machine)
 
         def work(path: Path) -> dict[str, Any]:
-            path.write_bytes(_ROWS.dump_json(measure_candidates(self, engine, rounds=chosen.latency_rounds)))
+            engines, loaded = {"engine": self.artifact.folder / ENGINE}, timing.Loaded(self.original, engine)
+            rows = timing.latencies(self.recipe, engines, loaded, **count, progress=self.progress)
+            path.write_bytes(_ROWS.dump_json(rows))
             return {"machine": machine}
 
         self.artifact.step("latency", key, LATENCY, work)
@@ -298,9 +299,14 @@ def evaluate(directory: Path, *, progress: Progress = SILENT) -> Report:
 
 
 def measure_latency(
-    directory: Path, *, rounds: int, beside: Sequence[Path] = (), progress: Progress = SILENT
+    directory: Path,
+    *,
+    rounds: int,
+    processes: int = 1,
+    beside: Sequence[Path] = (),
+    progress: Progress = SILENT,
 ) -> tuple[Latency, ...]:
-    """Time the engine in ``directory`` beside the recipe's baselines; nothing is written.
+    """Time the engine in ``directory`` beside the recipe's baselines, in so many processes; nothing is written.
 
     ``beside`` are folders of other runs, or engines, of generators that take the same conditions; they are called by
     the runs' folders. Raises ConfigError where a name stands for two candidates.
@@ -309,40 +315,16 @@ def measure_latency(
         names = ["engine", *work.recipe.evaluate.baselines, *map(_run_name, beside)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"two candidates are called {', '.join(twice)}; rename a folder")
-        others = {_run_name(folder): folder / ENGINE if (folder / ENGINE).is_dir() else folder for folder in beside}
-        return measure_candidates(work, Generator(load(directory / ENGINE)), rounds=rounds, others=others)
+        engines = {_run_name(folder): folder / ENGINE if (folder / ENGINE).is_dir() else folder for folder in beside}
+        engines = {"engine": directory / ENGINE} | engines
+        loaded = timing.Loaded(work.original, Generator(load(directory / ENGINE)))
+        return timing.latencies(work.recipe, engines, loaded, rounds=rounds, processes=processes, progress=progress)
 
 
 def _run_name(folder: Path) -> str:
     """Of a run, or of the run that an engine lies in."""
     whole = folder.resolve()
     return whole.parent.name if whole.name == ENGINE else whole.name
-
-
-def measure_candidates(
-    work: Run, engine: Generator, *, rounds: int, others: Mapping[str, Path] = MappingProxyType({})
-) -> tuple[Latency, ...]:
-    """Latency rows of the engine, of ``others`` and of the baselines of the recipe, which run where the engine does."""
-    recipe, device = work.recipe, timing.device_of(engine)
-
-    def stock(dtype: torch.dtype) -> Generator:
-        found = work.original if dtype == torch.float32 else load_original(recipe, dtype=dtype)
-        if device.type != "cpu":
-            found.pipeline.to(device)
-        return found
-
-    candidates = {"engine": timing.Candidate(engine)}
-    candidates |= {name: timing.Candidate(Generator(load(folder))) for name, folder in others.items()}
-    candidates |= {name: timing.baseline(name, stock) for name in recipe.evaluate.baselines}
-    for candidate in candidates.values():
-        candidate.generator.use_scheduler(candidate.generator.plan_for(evaluation.plan_of(recipe)).scheduler)
-    sources = {"engine": work.artifact.folder / ENGINE, **others, "eager": work.source}
-    memory = timing.memory_of(sources, recipe, work.progress)
-    try:
-        return timing.measure(candidates, work.original, recipe, rounds=rounds, memory=memory, progress=work.progress)
-    finally:
-        if device.type != "cpu":
-            work.original.pipeline.to("cpu")
 
 
 @contextlib.contextmanager
@@ -362,12 +344,6 @@ def _reopen(directory: Path, progress: Progress, *, write: bool = True) -> Itera
                 "allowed: the same weights, or run the recipe again"
             )
         yield work
-
-
-def load_original(recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Generator:
-    """The recipe's model."""
-    found = find_path(recipe.model)
-    return Generator.load(found or recipe.model, revision=recipe.revision, variant=recipe.variant, dtype=dtype)
 
 
 def _timed(config: Any) -> bool:

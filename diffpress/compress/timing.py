@@ -1,15 +1,11 @@
-"""Time an engine beside stock diffusers, in turns within one process; weigh each alone, in a process of its own."""
+"""Time an engine beside stock diffusers, in turns within a process; weigh each alone, in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import pickle
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +14,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffpress.compress.evaluation import conditions_of, plan_of
+from diffpress.compress.evaluation import conditions_of, load_original, plan_of
 from diffpress.compress.measured import latency_rows
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.report import Latency, Scope
 from diffpress.errors import ConfigError, InfrastructureError
-from diffpress.eval.latency import benchmark, peak_memory
+from diffpress.eval.latency import Timing, benchmark, joined, peak_memory
 from diffpress.export import load
 from diffpress.generator import Generator
-from diffpress.progress import Progress
+from diffpress.processes import apart
+from diffpress.progress import SILENT, Progress
 
 logger = logging.getLogger(__name__)
 
 WARMUP = 3
+Timings = dict[Scope, dict[str, Timing]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,14 @@ class Candidate:
 
     generator: Generator
     setting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a run has in memory when it comes to timing."""
+
+    original: Generator
+    engine: Generator
 
 
 def check_baselines(names: Sequence[str]) -> None:
@@ -82,17 +88,86 @@ def baseline(name: str, load: Callable[[torch.dtype], Generator]) -> Candidate:
     return Candidate(load(torch.float32), medium_precision if name == "medium" else contextlib.nullcontext)
 
 
+def latencies(
+    recipe: Recipe,
+    engines: Mapping[str, Path],
+    loaded: Loaded,
+    *,
+    rounds: int,
+    processes: int = 1,
+    progress: Progress,
+) -> tuple[Latency, ...]:
+    """Rows of ``engines``, folders by name, and of the recipe's baselines; ``loaded`` are those that are there already.
+
+    With several ``processes`` each loads everything anew and times so many rounds.
+    """
+    source = loaded.original.source
+    assert source is not None
+    memory = memory_of({**engines, "eager": source}, recipe, progress)
+    if processes == 1:
+        runs = [time_together(recipe, engines, loaded, rounds=rounds, progress=progress)]
+    else:
+        with progress.task("Timing, one process after the other", total=processes) as advance:
+            runs = []
+            for seed in range(processes):
+                runs.append(apart(time_together, recipe, dict(engines), rounds=rounds, seed=seed))
+                advance(1)
+    return tuple(
+        row
+        for scope in runs[0]
+        for row in latency_rows(
+            joined([run[scope] for run in runs]),
+            scope=scope,
+            batch=timed_batch(recipe),
+            memory_mib=memory if scope == "whole image" else None,
+        )
+    )
+
+
+def time_together(
+    recipe: Recipe,
+    engines: Mapping[str, Path],
+    loaded: Loaded | None = None,
+    *,
+    rounds: int,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Timings:
+    """Times of the engines and of the baselines of the recipe, which run where the engine called ``engine`` does."""
+    loaded = loaded or Loaded(load_original(recipe), Generator(load(engines["engine"])))
+    original, device = loaded.original, device_of(loaded.engine)
+
+    def stock(dtype: torch.dtype) -> Generator:
+        found = original if dtype == torch.float32 else load_original(recipe, dtype=dtype)
+        if device.type != "cpu":
+            found.pipeline.to(device)
+        return found
+
+    candidates = {
+        name: Candidate(loaded.engine if name == "engine" else Generator(load(folder)))
+        for name, folder in engines.items()
+    }
+    candidates |= {name: baseline(name, stock) for name in recipe.evaluate.baselines}
+    for candidate in candidates.values():
+        candidate.generator.use_scheduler(candidate.generator.plan_for(plan_of(recipe)).scheduler)
+    try:
+        return measure(candidates, original, recipe, rounds=rounds, seed=seed, progress=progress)
+    finally:
+        if device.type != "cpu":
+            original.pipeline.to("cpu")
+
+
 def measure(
     candidates: dict[str, Candidate],
     original: Generator,
     recipe: Recipe,
     *,
     rounds: int,
-    memory: dict[str, float],
+    seed: int,
     progress: Progress,
-) -> tuple[Latency, ...]:
-    """One whole picture and one denoiser call of every candidate, timed in turns; ``memory`` by candidate, MiB."""
-    rows: list[Latency] = []
+) -> Timings:
+    """One whole picture and one denoiser call of every candidate, timed in turns, in an order that ``seed`` gives."""
+    found: Timings = {}
     batch = timed_batch(recipe)
     conditions = conditions_of(recipe, original, batch)
     plans = {candidate: candidate.generator.plan_for(plan_of(recipe)) for candidate in candidates.values()}
@@ -129,9 +204,8 @@ def measure(
         jobs = {name: make(candidate) for name, candidate in candidates.items()}
         with progress.task(f"Timing: {scope}", total=rounds + WARMUP) as advance:
             told = _one_by_one(advance)
-            timings = benchmark(jobs, rounds=rounds, warmup=WARMUP, synchronize=wait, progress=told)
-        rows += latency_rows(timings, scope=scope, batch=batch, memory_mib=memory if scope == "whole image" else None)
-    return tuple(rows)
+            found[scope] = benchmark(jobs, rounds=rounds, warmup=WARMUP, seed=seed, synchronize=wait, progress=told)
+    return found
 
 
 def timed_batch(recipe: Recipe) -> int:
@@ -143,30 +217,24 @@ def _one_by_one(advance: Callable[[int], None]) -> Callable[[int, int], None]:
     return lambda done, total: advance(1)
 
 
-def memory_of(sources: dict[str, Path], recipe: Recipe, progress: Progress) -> dict[str, float]:
+def memory_of(sources: Mapping[str, Path], recipe: Recipe, progress: Progress) -> dict[str, float]:
     """Highest resident memory, MiB, of a fresh process that loads each source and draws one picture.
 
-    The process knows nothing of the caller's script, which `multiprocessing` would run again. Raises
-    InfrastructureError with the last line of a process that fails.
+    Raises InfrastructureError with the last line of a process that fails.
     """
     found: dict[str, float] = {}
-    code = f"import pickle, sys; from {__name__} import one_picture; print(one_picture(*pickle.load(sys.stdin.buffer)))"
-    paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with progress.task("Weighing memory", total=len(sources)) as advance:
         for name, source in sources.items():
-            given = pickle.dumps((source, recipe, torch.get_num_threads()))
-            done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, env=paths)
-            if done.returncode:
-                said = "".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
-                raise InfrastructureError(f"memory of {name}: a process that draws a picture ended early: {said}")
-            found[name] = float(done.stdout.split()[-1])
+            try:
+                found[name] = apart(one_picture, source, recipe)
+            except InfrastructureError as error:
+                raise InfrastructureError(f"memory of {name}: {error}") from None
             advance(1)
     return found
 
 
-def one_picture(source: Path, recipe: Recipe, threads: int) -> float:
+def one_picture(source: Path, recipe: Recipe) -> float:
     """Peak of this process's resident memory, MiB, once ``source`` is loaded and has drawn one batch."""
-    torch.set_num_threads(threads)
     built = (source / "diffpress.json").is_file()
     generator = Generator(load(source)) if built else Generator.load(source, variant=recipe.variant)
     batch, plan = timed_batch(recipe), generator.plan_for(plan_of(recipe))

@@ -23,7 +23,7 @@ _HOME = {
         "Replicates density_coverage_replicates frechet_replicates kernel_replicates precision_recall_replicates"
     ),
     "statistics": (
-        "Estimate frechet_interval interval mean_interval median_ratio_interval paired_difference "
+        "Estimate frechet_interval interval mean_interval median_interval median_ratio_interval paired_difference "
         "paired_frechet_difference paired_frechet_ratio paired_ratio"
     ),
 }

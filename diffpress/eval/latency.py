@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from diffpress.errors import ConfigError
-from diffpress.eval.statistics import LEVEL, Estimate, median_ratio_interval
+from diffpress.eval.statistics import LEVEL, Estimate, median_interval, median_ratio_interval
 from diffpress.memory import resident_peak
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 _MIB = 1 << 20
 
@@ -31,6 +31,8 @@ class Timing:
     """One for each round, in the order of rounds, in ms."""
     first_ms: float
     """The first warm-up call, with whatever it compiles or allocates, in ms."""
+    processes: int = 1
+    """Processes that the rounds are of, as many of each in turn."""
 
     @property
     def n(self) -> int:
@@ -39,8 +41,8 @@ class Timing:
 
     @property
     def median_ms(self) -> float:
-        """Half of the rounds were faster."""
-        return float(np.median(self.samples_ms))
+        """Half of the rounds were faster; of several processes the median of their medians."""
+        return median_interval(self.samples_ms, unit="ms", processes=self.processes).value
 
     @property
     def p5_ms(self) -> float:
@@ -135,25 +137,40 @@ def _nothing() -> None:
     return None
 
 
+def joined(runs: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
+    """Runs of `benchmark` with the same candidates and rounds, each in a process of its own, as one.
+
+    Within a process a call is timed again and again from the same memory; intervals of what is joined are of what
+    differs between processes. Raises `ConfigError` for no run, or other candidates or rounds.
+    """
+    told = sorted({", ".join(f"{name}: {timing.n} rounds" for name, timing in sorted(run.items())) for run in runs})
+    if len(told) != 1:
+        raise ConfigError(f"processes timed {' and '.join(told) or 'nothing'}; allowed: the same in each")
+    return {
+        name: Timing(name, sum((run[name].samples_ms for run in runs), ()), first.first_ms, len(runs))
+        for name, first in runs[0].items()
+    }
+
+
 def speedups(timings: Mapping[str, Timing], *, baseline: str, level: float = LEVEL) -> dict[str, Estimate]:
     """median(baseline) / median(candidate) for each candidate but the baseline; above 1 is faster.
 
     The interval draws whole rounds (see `median_ratio_interval`). Raises `ConfigError` for an unknown baseline.
     """
     return {
-        name: median_ratio_interval(_find(timings, baseline).samples_ms, timing.samples_ms, level=level)
-        for name, timing in timings.items()
-        if name != baseline
+        name: _ratio(_find(timings, baseline), timing, level) for name, timing in timings.items() if name != baseline
     }
 
 
 def latency_ratios(timings: Mapping[str, Timing], *, baseline: str, level: float = LEVEL) -> dict[str, Estimate]:
     """median(candidate) / median(baseline) for each candidate but the baseline; what a gate on latency limits."""
     return {
-        name: median_ratio_interval(timing.samples_ms, _find(timings, baseline).samples_ms, level=level)
-        for name, timing in timings.items()
-        if name != baseline
+        name: _ratio(timing, _find(timings, baseline), level) for name, timing in timings.items() if name != baseline
     }
+
+
+def _ratio(above: Timing, below: Timing, level: float) -> Estimate:
+    return median_ratio_interval(above.samples_ms, below.samples_ms, level=level, processes=above.processes)
 
 
 def _find(timings: Mapping[str, Timing], name: str) -> Timing:

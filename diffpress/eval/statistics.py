@@ -13,7 +13,8 @@ Intervals hold for the given reference set, which is not resampled.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import scipy.stats
@@ -84,20 +85,51 @@ def mean_interval(
     return _estimate(mean, low, high, level=level, n=len(column), unit=unit, method=method_name)
 
 
+def median_interval(values: ArrayLike, *, unit: str, level: float = LEVEL, processes: int = 1) -> Estimate:
+    """Median with the interval of the sign test (no assumption on the distribution).
+
+    ``values`` is ``[n]`` with n ≥ 1; for very few of them the interval is the range, at the level of `level_of`. Of
+    several ``processes``, as many values of each in turn, the median of their medians, with an interval of those:
+    what differs between processes (where memory lies, which cores) is in it. Raises `ConfigError` for another shape,
+    too few or non-finite values, or parts that are not equal.
+    """
+    column, method = _column(values, least=1), "order statistics"
+    if processes > 1:
+        column, method = _medians(column, processes), f"{method} of {processes} processes"
+    found: Any = scipy.stats.quantile_test(column, p=0.5).confidence_interval(level)
+    low = column.min() if math.isnan(found.low) else found.low
+    high = column.max() if math.isnan(found.high) else found.high
+    n = len(column)
+    middle = float(np.median(column))
+    return _estimate(middle, float(low), float(high), level=level_of(n, level), n=n, unit=unit, method=method)
+
+
 def median_ratio_interval(
-    numerator: ArrayLike, denominator: ArrayLike, *, unit: str = "x", level: float = LEVEL, seed: int = 0
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    *,
+    unit: str = "x",
+    level: float = LEVEL,
+    seed: int = 0,
+    processes: int = 1,
 ) -> Estimate:
     """median(a) / median(b), with a percentile bootstrap that draws whole rounds (a_i, b_i).
 
     Both ``[n]``, positive, n ≥ 2, measured in interleaved rounds: a disturbance that hits a round hits both. The level
-    is that of `level_of` where n is small.
-    Raises `ConfigError` for unequal lengths, too few, non-finite or non-positive values, or a bad level.
+    is that of `level_of` where n is small. Of several ``processes``, as many rounds of each in turn, it is the median
+    of their ratios, with the interval of `median_interval`.
+    Raises `ConfigError` for unequal lengths, too few, non-finite or non-positive values, parts that are not equal, or a
+    bad level.
     """
     above, below = _column(numerator), _column(denominator)
     if len(above) != len(below):
         raise ConfigError(f"{len(above)} and {len(below)} samples; a paired ratio needs equal counts")
     if min(above.min(), below.min()) <= 0:
         raise ConfigError("a ratio of medians needs positive samples")
+    if processes > 1:
+        ratios = [_medians(column, processes) for column in (above, below)]
+        found = median_interval(ratios[0] / ratios[1], unit=unit, level=level)
+        return replace(found, method=f"{found.method} of {processes} processes")
     ratio = float(np.median(above) / np.median(below))
     replicates = _bootstrap(
         lambda chosen: np.median(above[chosen], axis=1) / np.median(below[chosen], axis=1), len(above), seed
@@ -112,10 +144,17 @@ def level_of(n: int, level: float = LEVEL) -> float:
     return min(level, 1 - 2.0 ** (1 - n))
 
 
-def _column(values: ArrayLike) -> Matrix:
+def _medians(column: Matrix, processes: int) -> Matrix:
+    """Median of each of so many equal parts."""
+    if len(column) % processes:
+        raise ConfigError(f"{len(column)} values of {processes} processes; allowed: as many of each")
+    return np.median(column.reshape(processes, -1), axis=1)
+
+
+def _column(values: ArrayLike, least: int = 2) -> Matrix:
     column = np.asarray(values, dtype=np.float64)
-    if column.ndim != 1 or len(column) < 2:
-        raise ConfigError(f"values have the shape {column.shape}; expected [n] with n of at least 2")
+    if column.ndim != 1 or len(column) < least:
+        raise ConfigError(f"values have the shape {column.shape}; expected [n] with n of at least {least}")
     if not np.isfinite(column).all():
         raise ConfigError(f"{int((~np.isfinite(column)).sum())} of {len(column)} values are NaN or infinite")
     return column

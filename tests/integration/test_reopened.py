@@ -100,6 +100,9 @@ def test_an_original_that_has_changed_is_not_measured_against(dit_folder: Path, 
     assert run(given, output) is not None
     rows = measure_latency(output, rounds=3, beside=[output / "engine"])
     assert {row.candidate for row in rows} == {"engine", "eager", "out"}  # an engine is called by its run
+    apart = measure_latency(output, rounds=3, processes=2, beside=[output / "engine"])
+    assert [(row.scope, row.candidate) for row in apart] == [(row.scope, row.candidate) for row in rows]
+    assert {(row.processes, len(row.samples_ms), row.median.n) for row in apart} == {(2, 6, 2)}
     report = (output / "report.json").read_bytes()
     changed = Generator.load(model)
     with torch.no_grad():

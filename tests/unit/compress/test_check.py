@@ -133,6 +133,20 @@ def test_pictures_of_another_size_are_not_comparable(artifact):
         check(artifact("new", large), artifact("old", fabricate()))
 
 
+def test_how_often_was_timed_is_no_difference(artifact):
+    often = changed_recipe(fabricate(), latency_rounds=50, latency_processes=6)
+    assert check(artifact("new", often), artifact("old", fabricate())).outcome == "pass"
+    guided = changed_recipe(fabricate(), guidance_scale=5.5)
+    with pytest.raises(NotComparableError, match=r"evaluate.guidance_scale: baseline .*, here 5.5"):
+        check(artifact("other", guided), artifact("old2", fabricate()))
+
+
+def changed_recipe(report, **evaluate):
+    """The report with other settings of its evaluation."""
+    told = report.recipe | {"evaluate": report.recipe.get("evaluate", {}) | evaluate}
+    return dataclasses.replace(report, recipe=told)
+
+
 def test_another_reference_is_not_comparable(artifact):
     old, new = artifact("old", fabricate(), shift=0.0), artifact("new", fabricate(), shift=0.0)
     random = np.random.default_rng(9)

@@ -12,13 +12,11 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from diffpress.artifact import Artifact
 from diffpress.compress import evaluation
 from diffpress.compress.assemble import _parity
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.recipe import Recipe
-from diffpress.compress.runner import Run, measure_candidates
-from diffpress.compress.timing import memory_of
+from diffpress.compress.timing import Loaded, memory_of, time_together
 from diffpress.errors import ConfigError, DiffpressError, InfrastructureError, MissingDependencyError
 from diffpress.eval.distances import precision_recall
 from diffpress.eval.features import Features, save_features
@@ -175,16 +173,15 @@ def test_stock_diffusers_is_timed_where_the_engine_runs(
     session = SimpleNamespace(provider=provider)
     engine = SimpleNamespace(denoiser=SimpleNamespace(session=session), plan_for=lambda plan: plan)
     engine.use_scheduler = lambda name: None
-    work, went = Run(recipe, Artifact(tmp_path), SILENT), []
+    original, went = evaluation.load_original(recipe), []
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr(work.original.pipeline, "to", lambda device: went.append(torch.device(device).type))
-    monkeypatch.setattr("diffpress.compress.timing.memory_of", lambda *_: {})
+    monkeypatch.setattr(original.pipeline, "to", lambda device: went.append(torch.device(device).type))
 
     def fail(*_: object, **__: object) -> None:
         raise InfrastructureError("stopped")
 
     monkeypatch.setattr("diffpress.compress.timing.measure", fail)
     with pytest.raises(InfrastructureError):
-        measure_candidates(work, engine, rounds=3)  # type: ignore[arg-type]
+        time_together(recipe, {"engine": tmp_path}, Loaded(original, engine), rounds=3)  # type: ignore[arg-type]
     assert went == (["cuda", "cpu"] if where == "cuda" else [])  # and back, whatever happens
     assert ("timed on the CPU" in caplog.text) == (not gpu)

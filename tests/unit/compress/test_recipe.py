@@ -103,7 +103,8 @@ gate: 3
         (
             "mine.yaml:8",
             "unknown key 'evaluate.sample': did you mean 'samples'?; allowed: samples, batch_size, steps, "
-            "guidance_scale, scheduler, prompts, features, reference, lpips, baselines, latency_rounds",
+            "guidance_scale, scheduler, prompts, features, reference, lpips, baselines, latency_rounds, "
+            "latency_processes",
         ),
         ("mine.yaml:9", "evaluate.samples = true: should be an integer"),
         ("mine.yaml:10", "duplicate key 'samples': it is already set in line 9"),

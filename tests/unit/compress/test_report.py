@@ -11,13 +11,14 @@ from fabricated import RECIPE, changed, estimate, fabricate, latencies
 
 from diffpress.compress.figures import data_uri, difference, difference_gain
 from diffpress.compress.loading import load_recipe
-from diffpress.compress.measured import distribution_metric, latency_rows, median_interval, over_engine, paired_metric
+from diffpress.compress.measured import distribution_metric, latency_rows, over_engine, paired_metric
 from diffpress.compress.page import Pictures, _duration, render_html, render_markdown, write_report
 from diffpress.compress.report import SCHEMA_FILE, read_report, report_json, report_schema
 from diffpress.compress.verdict import judge, number, speed_phrase, with_interval, worst
 from diffpress.errors import ArtifactError
 from diffpress.eval.latency import Timing
 from diffpress.eval.replicates import frechet_replicates
+from diffpress.eval.statistics import median_interval
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
@@ -234,6 +235,17 @@ def test_times_over_the_engine_are_of_the_same_scope():
     rows = [row("whole image", "other", 3.0), row("whole image", "engine", 1.0), row("denoiser call", "engine", 0.1)]
     ratios = over_engine([*rows, row("denoiser call", "other", 0.2)])
     assert [ratio and ratio.value for ratio in ratios] == [pytest.approx(3.0), None, None, pytest.approx(2.0)]
+
+
+def test_rows_of_several_processes_have_intervals_over_them():
+    ms = {"eager": (8.0, 8.0, 18.0, 18.0, 12.0, 12.0), "engine": (2.0, 2.0, 3.0, 3.0, 6.0, 6.0)}
+    timings = {name: Timing(name, samples, 0, processes=3) for name, samples in ms.items()}
+    rows = {row.candidate: row for row in latency_rows(timings, scope="whole image", batch=1)}
+    engine = rows["engine"]
+    assert (engine.processes, engine.median.value, engine.median.low, engine.median.high) == (3, 3.0, 2.0, 6.0)
+    assert (engine.speedup.value, engine.speedup.low, engine.speedup.high) == (4.0, 2.0, 6.0)
+    assert over_engine([rows["eager"], engine])[0].value == pytest.approx(4.0)
+    assert all("3 processes" in found.method for found in (engine.median, engine.speedup))
 
 
 def test_median_interval_covers():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffpress.errors import ConfigError
-from diffpress.eval.latency import Timing, benchmark, latency_ratios, peak_memory, size_on_disk, speedups
+from diffpress.eval.latency import Timing, benchmark, joined, latency_ratios, peak_memory, size_on_disk, speedups
 from diffpress.eval.machine import describe_machine
 
 
@@ -74,6 +74,22 @@ def test_summaries():
     assert timing.throughput(4) == pytest.approx(4000 / 51)
     with pytest.raises(ConfigError, match="batch is 0"):
         timing.throughput(0)
+
+
+def test_processes_are_joined_by_their_medians():
+    def run(factor: float) -> dict[str, Timing]:
+        return {name: Timing(name, (factor * ms,) * 3, 9.0) for name, ms in (("slow", 8.0), ("fast", 2.0 * factor))}
+
+    found = joined([run(1.0), run(1.5), run(4.0)])
+    assert (found["slow"].processes, found["slow"].n, found["slow"].median_ms) == (3, 9, 12.0)
+    gain, share = (make(found, baseline="slow")["fast"] for make in (speedups, latency_ratios))
+    assert (gain.value, gain.low, gain.high) == (pytest.approx(4 / 1.5), pytest.approx(1.0), pytest.approx(4.0))
+    assert (share.value, share.n) == (pytest.approx(1.5 / 4), 3)
+    alone = joined([run(1.5)])
+    assert alone == run(1.5)
+    for wrong in ([], [run(1.0), {"slow": run(1.0)["slow"]}]):
+        with pytest.raises(ConfigError, match="allowed: the same in each"):
+            joined(wrong)
 
 
 @pytest.mark.parametrize(("rounds", "warmup"), [(1, 1), (2, 0), (-3, 1)])

@@ -20,6 +20,7 @@ from diffpress.eval.statistics import (
     frechet_interval,
     interval,
     mean_interval,
+    median_interval,
     median_ratio_interval,
     paired_difference,
     paired_frechet_difference,
@@ -215,10 +216,34 @@ def test_median_ratio_covers_under_common_drift():
     assert widths[1] > 1.2 * widths[0]  # control: rounds torn apart
 
 
+def test_intervals_over_processes_have_what_differs_between_them():
+    """Rounds of one process share its luck; taken for independent they promise too much."""
+    random = np.random.default_rng(8)
+    alike, apart, ratios = [], [], []
+    for _ in range(300):
+        luck, noise = np.exp(0.1 * random.normal(size=(2, 8, 1))), np.exp(0.02 * random.normal(size=(2, 8, 20)))
+        slow, fast = (np.array([[[12.0]], [[10.0]]]) * luck * noise).reshape(2, -1)
+        alike.append(median_interval(fast, unit="ms"))
+        apart.append(median_interval(fast, unit="ms", processes=8))
+        ratios.append(median_ratio_interval(slow, fast, processes=8))
+    assert (apart[0].n, apart[0].unit, apart[0].method) == (8, "ms", "order statistics of 8 processes")
+    assert share_inside(apart, 10.0) >= 0.95
+    assert share_inside(ratios, 1.2) >= 0.95
+    assert share_inside(ratios, 2.0) < 0.1
+    assert share_inside(alike, 10.0) < 0.6  # control: as if they were of one
+    rounds = random.exponential(size=20)
+    assert median_interval(rounds, unit="ms", processes=1) == median_interval(rounds, unit="ms")
+    few = median_interval([1.0, 3.0, 5.0, 5.0, 9.0, 9.0], unit="ms", processes=3)
+    assert (few.value, few.low, few.high, few.level) == (5.0, 2.0, 9.0, 0.75)
+    single = median_interval([4.0], unit="ms")
+    assert (single.low, single.high, single.level, single.n) == (4.0, 4.0, 0.0, 1)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: mean_interval([1.0], unit="1"), "at least 2"),
+        (lambda: median_interval([1.0, 2.0, 3.0], unit="ms", processes=2), "3 values of 2 processes"),
         (lambda: mean_interval([1.0, np.inf], unit="1"), "1 of 2 values"),
         (lambda: mean_interval([1.0, 2.0], unit="1", level=95), "between 0 and 1"),
         (lambda: median_ratio_interval([1.0, 2.0], [1.0, 2.0, 3.0]), "2 and 3 samples"),
