@@ -36,7 +36,7 @@ class Context:
     """Loads the generator as it was before the first stage; the teacher of what was pruned."""
     latency: Callable[[Generator], Mapping[str, float]] | None = None
     """Milliseconds that a denoiser call on the target's engine spends in each submodule, by its dotted name, with all
-    that is below it; ``""`` is the whole call."""
+    that is below it; ``""`` is the whole call. What later stages quantize is in 8 bits there."""
 
     def work_folder(self) -> Path:
         """``work``, made; ConfigError where a stage that trains was given none."""
@@ -82,7 +82,8 @@ class Stage(Protocol):
     """One step of a recipe: ``check`` is cheap and raises ConfigError; ``apply`` works in place.
 
     A stage needs the denoiser in float, and so comes before those that quantize it, unless its config has a true
-    ``after_quantization``. A config says what its stage quantizes by ``quantizes``, a part's name as in `Applied.part`.
+    ``after_quantization``. A config says what its stage quantizes by ``quantizes``, a part's name as in `Applied.part`,
+    and, where layers of the engine take another time afterwards, by ``rehearsed()`` how to do it with the least work.
     """
 
     Config: ClassVar[type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import shutil
@@ -30,6 +31,7 @@ from diffpress.export import check_export, export, load
 from diffpress.export.profile import check_timed, layer_latency
 from diffpress.generator import Generator
 from diffpress.progress import SILENT, Progress
+from diffpress.sampling import patched
 from diffpress.stage import Context, Stage
 from diffpress.targets import find_target
 
@@ -76,10 +78,11 @@ class Run:
         evaluation.check_evaluation(self.recipe)
         timing.check_baselines(self.recipe.evaluate.baselines)
 
-    def context(self, generator: Generator, work: Path | None = None) -> Context:
+    def context(self, generator: Generator, work: Path | None = None, number: int | None = None) -> Context:
         """Calibration runs: other seeds than the compared pictures', the final schedule unless told otherwise.
 
-        A generator that was made for a plan has that one, whatever is told.
+        A generator that was made for a plan has that one, whatever is told. Latencies are those that stage ``number``
+        is told: of the engine after the stages that follow it.
         """
         chosen, asked = self.recipe.calibration, evaluation.plan_of(self.recipe)
         told: dict[str, Any] = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
@@ -98,13 +101,20 @@ class Run:
             work=work,
             train_seed=self.recipe.seed + evaluation.TRAINING_SEED,
             original=partial(evaluation.load_original, self.recipe),
-            latency=partial(
-                layer_latency,
-                settings=self.recipe.export,
-                plan=final,
-                conditions=evaluation.conditions_of(self.recipe, self.original, 2),
-            ),
+            latency=partial(self._layer_latency, later=[] if number is None else self._rehearsed(number)),
         )
+
+    def _layer_latency(self, generator: Generator, later: Sequence[Stage]) -> dict[str, float]:
+        """Of the engine with what ``later`` stages quantize, which a copy is, in haste, when it is timed."""
+        plan = generator.plan_for(evaluation.plan_of(self.recipe))
+        conditions = evaluation.conditions_of(self.recipe, self.original, 2)
+        denoiser = copy.deepcopy(generator.denoiser) if later else generator.denoiser
+        with patched(generator.pipeline, generator.denoiser_name, denoiser):
+            context = self.context(generator)
+            brief = dataclasses.replace(context, conditions=context.conditions[:1], seeds=context.seeds[:1])
+            for stage in later:
+                stage.apply(generator, brief)
+            return layer_latency(generator, self.recipe.export, plan=plan, conditions=conditions)
 
     def base_key(self) -> str:
         context = self.context(self.original)
@@ -123,27 +133,31 @@ class Run:
         generator, pending = self._restore(keys)
         processes.wait_for_all()  # none writes before all have read what is there
         for number in pending:
-            name, stage = self.stages[number]
-            place = stage_name(number, name)
+            place = stage_name(number, self.stages[number][0])
             scratch = self.artifact.folder / "work" / f"{place}-{keys[number][:12]}"
             if processes.first():
-                work = partial(self._apply, generator, stage, scratch)
+                work = partial(self._apply, generator, number, scratch)
                 self.artifact.step(place, keys[number], f"stages/{place}", work)
                 shutil.rmtree(scratch, ignore_errors=True)
             else:
-                stage.apply(generator, self.context(generator, scratch))
+                self.stages[number][1].apply(generator, self.context(generator, scratch, number))
         if processes.first():
             self.artifact.step(ENGINE, keys[-1], ENGINE, partial(self._export, generator))
 
     def _keys(self) -> list[str]:
         """One key for each stage and one for the engine; each takes in the one before."""
         keys, last, export = [], self.base_key(), dataclasses.asdict(self.recipe.export)
-        for spec in self.recipe.stages:
-            timed = [export] if _timed(spec.config) else []
+        for number, spec in enumerate(self.recipe.stages):
+            timed = [export, plain([stage.config for stage in self._rehearsed(number)])] if _timed(spec.config) else []
             last = fingerprint(last, spec.method, dataclasses.asdict(spec.config), *timed)
             keys.append(last)
         plan = dataclasses.asdict(evaluation.plan_of(self.recipe))
         return [*keys, fingerprint(last, export, plan)]
+
+    def _rehearsed(self, number: int) -> list[Stage]:
+        """Stages after that one that change how long layers take, with the least work."""
+        later = self.stages[number + 1 :]
+        return [METHODS[name](stage.config.rehearsed()) for name, stage in later if hasattr(stage.config, "rehearsed")]
 
     def _restore(self, keys: list[str]) -> tuple[Generator, list[int]]:
         """The generator after the last finished stage, and the stages still to do."""
@@ -163,9 +177,10 @@ class Run:
             load_weights(generator.part(part), file)
         return generator, list(range(finished, len(self.stages)))
 
-    def _apply(self, generator: Generator, stage: Stage, scratch: Path, folder: Path) -> dict[str, Any]:
+    def _apply(self, generator: Generator, number: int, scratch: Path, folder: Path) -> dict[str, Any]:
+        stage = self.stages[number][1]
         stage.check(generator, self.target)
-        applied = stage.apply(generator, self.context(generator, scratch))
+        applied = stage.apply(generator, self.context(generator, scratch, number))
         folder.mkdir()
         save_weights(generator.part(applied.part), folder / f"{applied.part}.safetensors")
         write_json(folder / "metadata.json", applied.metadata)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -107,6 +108,14 @@ class Int8Config:
         """What is limited and by how much."""
         budgets: dict[Kind, float | None] = {"error": self.error, "latency": self.latency}
         return next(((kind, value) for kind, value in budgets.items() if value is not None), None)
+
+    def rehearsed(self) -> Int8Config:
+        """The same layers in the same precision, with the least work: for engines of which the latency alone counts.
+
+        Under a budget all of them are static.
+        """
+        least: dict[str, Any] = {"observer": "minmax", "rounding": "nearest", "refit": False, "bias_correction": False}
+        return replace(self, **least, error=None, latency=None, context_calls=None)
 
     @property
     def calls_measured(self) -> int:

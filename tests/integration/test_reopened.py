@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from diffpress.compress.loading import load_recipe
 from diffpress.compress.methods import METHODS
 from diffpress.compress.runner import Run, evaluate, measure_latency, run
 from diffpress.errors import ArtifactError, NotComparableError
+from diffpress.export.profile import layer_latency
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT
+from diffpress.quantize.modules import QuantizedLayer
 
 pytestmark = pytest.mark.slow
 CONFIGS = {name: stage.Config for name, stage in METHODS.items()}
@@ -92,6 +95,35 @@ def test_what_a_stage_depends_on_is_in_its_key(dit_folder: Path, sd_folder: Path
         first, second = (keys(dit_folder, stages=stages, export=given) for given in (in_float, in_bfloat16))
         assert (first[0] == second[0]) == same
         assert first[1] != second[1]
+
+    budget = {"prune.depth": {"latency": 0.7}}
+    ways = [{}, {"rounding": "gptq", "observer": "percentile"}, {"activations": "dynamic"}]
+    found = [keys(dit_folder, stages=[budget, {"quantize.int8": way}])[0] for way in ways]
+    assert found[0] == found[1] != found[2]  # how weights are rounded does not make an engine faster
+    assert keys(dit_folder, stages=[budget])[0] not in found
+
+
+def test_latencies_that_decide_are_of_the_engine_after_later_stages(
+    dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [{"prune.depth": {"latency": 0.7}}, {"quantize.int8": {"rounding": "gptq"}}, {"quantize.weights": {}}]
+    work = Run(load_recipe(recipe(dit_folder, stages=stages), methods=CONFIGS), Artifact(tmp_path), SILENT)
+    generator, seen = work.original, []
+
+    def spy(generator: Generator, *args: object, **kwargs: object) -> dict[str, float]:
+        seen.append(sum(isinstance(module, QuantizedLayer) for module in generator.denoiser.modules()))
+        return layer_latency(generator, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("diffpress.compress.runner.layer_latency", spy)
+    before, network = copy.deepcopy(generator.denoiser.state_dict()), generator.denoiser
+    tables = [work.context(generator, number=number).latency(generator) for number in (0, 1)]  # type: ignore[misc]
+    assert seen[0] > 0
+    assert seen[1] == 0  # what a stage does itself, it measures itself
+    names = {name for name, _ in network.named_modules()}
+    assert all(names <= table.keys() for table in tables)  # 8-bit layers are called as they were
+    assert generator.denoiser is network
+    assert generator.denoiser.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_an_original_that_has_changed_is_not_measured_against(dit_folder: Path, tmp_path: Path) -> None:
