@@ -25,6 +25,7 @@ from diffpress.generator import Call, Generator
 from diffpress.lora import require_adapters
 from diffpress.progress import Progress
 from diffpress.prune.gates import GateSettings, learn_gates
+from diffpress.prune.latency import Table, time_left, told, within
 from diffpress.prune.units import (
     Granularity,
     Unit,
@@ -40,6 +41,7 @@ from diffpress.recorded import answer, mean_error, record
 from diffpress.stage import Applied, Context
 from diffpress.targets import Target
 
+Choice = tuple[list[Unit], dict[str, float]]
 Score = Callable[[Sequence[Unit]], dict[str, float]]
 
 
@@ -123,9 +125,7 @@ class Budget:
             )
 
 
-def budget_of(
-    network: nn.Module, units: Sequence[Unit], settings: DepthConfig, table: Mapping[str, float] | None = None
-) -> Budget:
+def budget_of(network: nn.Module, units: Sequence[Unit], settings: DepthConfig, table: Table | None = None) -> Budget:
     """The budget of ``settings``; ``table`` has the milliseconds of each submodule, where they are what is budgeted.
 
     Raises ConfigError where it cannot be met.
@@ -273,7 +273,7 @@ class Depth:
         calls = record(generator, context, settings.calls, "Pruning: recording denoiser calls")
         units = in_order(network, find_units(network, settings.granularity), calls[0])
         budget = budget_of(network, units, settings, table)
-        removed, scores = self._choose(network, calls, units, budget, context)
+        (removed, scores), time = self._within(generator, calls, units, budget, context, table)
         with bypassed(network, removed):
             error = mean_error(network, calls)
         before = parameter_count(network)
@@ -286,12 +286,40 @@ class Depth:
             "order": [unit.name for unit in removed],
             "left": budget.left(removed) / budget.total,
             "error": error,
+            "latency": time,
         }
-        return Applied(
-            generator, metadata | facts, self._summary(removed, units, error, parameter_count(network) / before)
-        )
+        summary = self._summary(removed, units, error, parameter_count(network) / before)
+        if time is not None:
+            summary += f"; {told(time, float(settings.latency or 1))}"
+        return Applied(generator, metadata | facts, summary)
 
-    def _latencies(self, generator: Generator, context: Context) -> Mapping[str, float] | None:
+    def _within(
+        self,
+        generator: Generator,
+        calls: Sequence[Call],
+        units: Sequence[Unit],
+        budget: Budget,
+        context: Context,
+        table: Table | None,
+    ) -> tuple[Choice, float | None]:
+        """What `_choose` does, and the share of a call's time that is left, where that is the budget."""
+        network = generator.denoiser
+        if table is None or self.config.latency is None:
+            return self._choose(network, calls, units, budget, context), None
+
+        def by(table: Table) -> tuple[Choice, float]:
+            budget = budget_of(network, units, self.config, table)
+            chosen = self._choose(network, calls, units, budget, context)
+            return chosen, budget.left(chosen[0]) / budget.total
+
+        def measure(chosen: Choice) -> float:
+            if not chosen[0]:
+                return 1.0
+            return time_left(generator, context, lambda other: remove(other, chosen[0])) / table[""]
+
+        return within(self.config.latency, table, by, measure)
+
+    def _latencies(self, generator: Generator, context: Context) -> Table | None:
         """Milliseconds on the target's engine, where they are budgeted. Raises ConfigError where there are none."""
         if self.config.latency is None:
             return None
@@ -304,7 +332,7 @@ class Depth:
 
     def _choose(
         self, network: nn.Module, calls: Sequence[Call], units: Sequence[Unit], budget: Budget, context: Context
-    ) -> tuple[list[Unit], dict[str, float]]:
+    ) -> Choice:
         """(units to remove, what each was found to do, or how probable its gate stays open)."""
         settings = self.config
         if settings.criterion == "output":

@@ -22,6 +22,7 @@ from diffpress.budget import Option, choose
 from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Call, Generator
+from diffpress.prune.latency import Table, time_left, told, within
 from diffpress.prune.reduction import CoarseBlocks, MergedTokens, PooledKeys, TokenGrid
 from diffpress.recorded import mean_error, record
 from diffpress.stage import Applied, Context
@@ -184,7 +185,7 @@ def work(module: Any, tokens: int, method: Method, kept: float) -> float:
     return tokens * (linear + pairs * tokens * 2 * getattr(attention, "inner_dim", 0))
 
 
-def milliseconds(name: str, method: Method, kept: float, table: Mapping[str, float]) -> float:
+def milliseconds(name: str, method: Method, kept: float, table: Table) -> float:
     """Of a denoiser call, what is saved in layer ``name``: its time is taken to be in proportion to its tokens."""
     whole = table.get(name, 0.0)
     if method == "pool":  # queries and output stay
@@ -213,13 +214,13 @@ class Tokens:
             self._refuse_too_little(grids, table)
         calls = record(generator, context, settings.calls, "Token reduction: recording")
         errors: dict[str, float] = {}
-        count = len(grids)
+        count, time = len(grids), None
         if settings.blocks is None:
             with context.progress.task("Token reduction: measuring", total=len(grids)) as advance:
                 for name in grids:
                     errors[name] = self._error(network, {name: grids[name]}, calls)
                     advance(1)
-            grids = self._chosen(network, grids, errors, calls, table)
+            grids, time = self._within(generator, grids, errors, calls, context, table)
         install(network, settings.method, grids, settings.ratio)
         error = mean_error(network, calls) ** 0.5
         metadata = {
@@ -229,9 +230,13 @@ class Tokens:
             "grids": {name: [grid.height, grid.width] for name, grid in grids.items()},
             "errors": errors,
             "output_error": error,
+            "latency": time,
         }
         what = {"pool": "keys and values pooled", "coarse": "blocks coarse", "merge": "tokens merged"}[settings.method]
-        return Applied(generator, metadata, f"{what} in {len(grids)} of {count} layers; output moved by {error:.1%}")
+        summary = f"{what} in {len(grids)} of {count} layers; output moved by {error:.1%}"
+        if time is not None:
+            summary += f"; {told(time, float(settings.latency or 1))}"
+        return Applied(generator, metadata, summary)
 
     def _named(self, network: nn.Module, known: Mapping[str, Any]) -> None:
         if not known:
@@ -254,7 +259,7 @@ class Tokens:
             TokenGrid(*max(found.values()), pool)  # says what is allowed
         return {name: TokenGrid(*grid, pool) for name, grid in tiled.items()}
 
-    def _table(self, generator: Generator, context: Context) -> Mapping[str, float] | None:
+    def _table(self, generator: Generator, context: Context) -> Table | None:
         """Latencies by submodule, where there are any."""
         if self.config.latency is not None and context.latency is None:
             raise ConfigError(f"latency is {self.config.latency:g}, but there are no timings; allowed: error, blocks")
@@ -265,13 +270,41 @@ class Tokens:
         with reduced(network, self.config.method, grids, self.config.ratio):
             return mean_error(network, calls) ** 0.5
 
+    def _within(
+        self,
+        generator: Generator,
+        grids: Mapping[str, TokenGrid],
+        errors: Mapping[str, float],
+        calls: Sequence[Call],
+        context: Context,
+        table: Table | None,
+    ) -> tuple[dict[str, TokenGrid], float | None]:
+        """What is reduced, and the share of a call's time that is left, where that is the budget."""
+        settings, network = self.config, generator.denoiser
+        if table is None or settings.latency is None:
+            return self._chosen(network, grids, errors, calls, None), None
+
+        def by(table: Table) -> tuple[dict[str, TokenGrid], float]:
+            self._refuse_too_little(grids, table)
+            chosen = self._chosen(network, grids, errors, calls, table)
+            saved = sum(milliseconds(name, settings.method, self._kept, table) for name in chosen)
+            return chosen, 1 - saved / table[""]
+
+        def measure(chosen: Mapping[str, TokenGrid]) -> float:
+            def reduce(other: nn.Module) -> None:
+                install(other, settings.method, chosen, settings.ratio)
+
+            return time_left(generator, context, reduce) / table[""]
+
+        return within(settings.latency, table, by, measure)
+
     def _chosen(
         self,
         network: nn.Module,
         grids: Mapping[str, TokenGrid],
         errors: Mapping[str, float],
         calls: Sequence[Call],
-        table: Mapping[str, float] | None,
+        table: Table | None,
     ) -> dict[str, TokenGrid]:
         """What is reduced under the budget."""
         method, kept = self.config.method, self._kept
@@ -299,7 +332,7 @@ class Tokens:
         """Share of the tokens that stays."""
         return 1 - self.config.ratio if self.config.method == "merge" else 1 / self.config.pool**2
 
-    def _refuse_too_little(self, grids: Mapping[str, TokenGrid], table: Mapping[str, float]) -> None:
+    def _refuse_too_little(self, grids: Mapping[str, TokenGrid], table: Table) -> None:
         """ConfigError where all layers together do not save what the budget of latency asks for."""
         share, whole = float(self.config.latency or 1.0), table[""]
         least = whole - sum(milliseconds(name, self.config.method, self._kept, table) for name in grids)

@@ -19,6 +19,7 @@ from diffpress.config import config
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.prune.importance import Importance, unit_scores
+from diffpress.prune.latency import Table, time_left, told, within
 from diffpress.prune.repair import repair
 from diffpress.prune.surgeon import surgeon_scores
 from diffpress.recorded import mean_error, record
@@ -111,7 +112,7 @@ def cheapest_counts(
     return {name: counts[index] for (name, counts), index in zip(allowed.items(), chosen, strict=True)}
 
 
-def unit_latencies(structures: Mapping[str, Structure], table: Mapping[str, float]) -> dict[str, float]:
+def unit_latencies(structures: Mapping[str, Structure], table: Table) -> dict[str, float]:
     """Milliseconds of a denoiser call that one unit of each structure takes: its work is in proportion to the width."""
     return {
         name: sum(table.get(part, 0.0) for part in structure.timed) / structure.units
@@ -157,7 +158,7 @@ class Width:
         if settings.nested is not None:
             made = Nested(shares=settings.nested, kinds=settings.kinds, align=settings.align)
             return self._sort(generator, context, structures, scores, made)
-        counts = self._counts(structures, scores, network, table)
+        counts, time = self._chosen(structures, scores, generator, context, table)
         kept = {
             name: best_units(scores[name], count) for name, count in counts.items() if count < structures[name].units
         }
@@ -170,9 +171,9 @@ class Width:
         error, left = mean_error(network, calls) ** 0.5, _parameters(network) / before
         metadata: dict[str, Any] = {"kept": kept, "parameters": left, "output_error": error}
         sentence = f"{_describe(structures, counts)}: {left:.0%} of the parameters"
-        if table is not None:
-            metadata["latency"] = self._predicted(structures, counts, table)
-            sentence += f", {metadata['latency']:.0%} of the time predicted"
+        if time is not None:
+            metadata["latency"] = time
+            sentence += f", {told(time, float(settings.latency or 1))}"
         return Applied(generator, metadata, f"{sentence}; the denoiser's output moved by {error:.1%}")
 
     def _sort(
@@ -229,7 +230,7 @@ class Width:
             return surgeon_scores(structures, generator, context, samples=samples, ridge=self.config.ridge)
         return unit_scores(kind, structures, generator, context, samples=samples)
 
-    def _table(self, generator: Generator, context: Context) -> Mapping[str, float] | None:
+    def _table(self, generator: Generator, context: Context) -> Table | None:
         """Latencies by submodule, where they are the budget."""
         if self.config.latency is None:
             return None
@@ -239,12 +240,39 @@ class Width:
             )
         return context.latency(generator)
 
+    def _chosen(
+        self,
+        structures: Mapping[str, Structure],
+        scores: Mapping[str, Tensor],
+        generator: Generator,
+        context: Context,
+        table: Table | None,
+    ) -> tuple[dict[str, int], float | None]:
+        """Units that each structure keeps, and the share of a call's time that is left, where that is the budget."""
+        network = generator.denoiser
+        if table is None or self.config.latency is None:
+            return self._counts(structures, scores, network, None), None
+
+        def by(table: Table) -> tuple[dict[str, int], float]:
+            counts = self._counts(structures, scores, network, table)
+            return counts, self._predicted(structures, counts, table)
+
+        def measure(counts: Mapping[str, int]) -> float:
+            def narrow(other: nn.Module) -> None:
+                for name, structure in self._structures(other).items():
+                    if counts[name] < structure.units:
+                        structure.narrow(best_units(scores[name], counts[name]))
+
+            return time_left(generator, context, narrow) / table[""]
+
+        return within(self.config.latency, table, by, measure)
+
     def _counts(
         self,
         structures: Mapping[str, Structure],
         scores: Mapping[str, Tensor],
         network: nn.Module,
-        table: Mapping[str, float] | None,
+        table: Table | None,
     ) -> dict[str, int]:
         """Units that each structure keeps."""
         align = self.config.align
@@ -271,7 +299,7 @@ class Width:
         return share * whole - fixed
 
     @staticmethod
-    def _predicted(structures: Mapping[str, Structure], counts: Mapping[str, int], table: Mapping[str, float]) -> float:
+    def _predicted(structures: Mapping[str, Structure], counts: Mapping[str, int], table: Table) -> float:
         """Share of a denoiser call's time that is left."""
         per_unit = unit_latencies(structures, table)
         gone = sum(per_unit[name] * (structure.units - counts[name]) for name, structure in structures.items())

@@ -1,4 +1,4 @@
-"""Pruned under a budget of latency, quantized and cached, through the runner: as the recipes that ship do it."""
+"""Pruned under a budget, quantized and cached, through the runner: as the recipes that ship do it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(model: Path, target: str, output: Path) -> None:
     recipe = {
         "calibration": {"samples": 2, "batch_size": 2},
         "stages": [
-            {"prune.depth": {"latency": 0.95, "calls": 4}},
+            {"prune.depth": {"parameters": 0.95, "calls": 4}},
             {"quantize.int8": {}},
             {"quantize.weights": {}},
             {"prune.steps": {"method": "taylor", "interval": 2, "samples": 2}},

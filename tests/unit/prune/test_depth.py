@@ -67,6 +67,23 @@ def prune(generator, given, **settings):
     return stage.apply(generator, given)
 
 
+def timed(generator, ms, overhead=0.0):
+    """Latencies of 10 ms in all, ``ms`` of them in the blocks, known by their weights; a share stays without them."""
+
+    def mark(block):
+        return float(block.attn1.to_q.weight.double().sum())
+
+    own = {mark(block): each for block, each in zip(generator.denoiser.transformer_blocks, ms, strict=True)}
+
+    def latency(generator):
+        there = [own[mark(block)] for block in generator.denoiser.transformer_blocks if hasattr(block, "attn1")]
+        return {"": 10.0 - (1 - overhead) * (sum(ms) - sum(there))} | dict(
+            zip(blocks(*range(len(there))), there, strict=True)
+        )
+
+    return latency
+
+
 def blocks(*numbers):
     return [f"transformer_blocks.{number}" for number in numbers]
 
@@ -258,11 +275,11 @@ def test_parameters_and_latency_are_budgets(deep, context):
     assert f"{left / total:.0%} of the parameters left" in applied.summary
     blocks_left = len(deep.denoiser.transformer_blocks)
 
-    table = {"": 10.0} | {name: 3.0 if name == "transformer_blocks.0" else 0.5 for name in blocks(*range(blocks_left))}
-    given = replace(context(deep), latency=lambda generator: table)
+    given = replace(context(deep), latency=timed(deep, [3.0] + [0.5] * (blocks_left - 1)))
     applied = prune(deep, given, latency=0.72)
     assert applied.metadata["removed"] == blocks(0)  # nothing else takes so long
-    assert applied.metadata["left"] == pytest.approx(0.7)
+    assert applied.metadata["left"] == applied.metadata["latency"] == pytest.approx(0.7)
+    assert "70% of the time measured" in applied.summary
     assert {unit["weight"] for unit in applied.metadata["units"]} == {3.0, 0.5}
 
 
@@ -416,14 +433,21 @@ def test_closest_budget_that_is_named_can_be_met(deep, context):
 def test_latency_needs_a_table_and_one_that_suffices(deep, context, monkeypatch):
     with pytest.raises(ConfigError, match=r"latency 0\.5 needs latencies measured on the engine"):
         prune(deep, context(deep), latency=0.5)
-    given = replace(context(deep), latency=lambda generator: {"": 10.0} | dict.fromkeys(blocks(*range(6)), 1.0))
+    given = replace(context(deep), latency=timed(deep, [1.0] * 6))
     with monkeypatch.context() as patch:
         patch.delattr("diffpress.prune.depth.record")  # refused before any run
         with pytest.raises(
             ConfigError, match=r"latency 0\.4 cannot be met with a unit left; the closest that can is 0\.5"
         ):
             prune(deep, given, latency=0.4)
+    whole = Generator(copy.deepcopy(deep.pipeline), deep.source)
     assert prune(deep, given, latency=0.5).metadata["left"] == pytest.approx(0.5)
+    stubborn = replace(context(whole), latency=timed(whole, [1.0] * 6, overhead=0.5))
+    with pytest.raises(
+        ConfigError, match=r"latency 0\.6 cannot be met with a unit left; the closest that can is 0\.75"
+    ):
+        prune(whole, stubborn, latency=0.6)
+    assert len(prune(whole, stubborn, latency=0.8).metadata["removed"]) == 4  # by the table two would do
 
 
 def test_quantized_denoiser_is_refused(dit, context):

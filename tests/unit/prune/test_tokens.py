@@ -155,14 +155,21 @@ def test_errors_are_those_of_each_layer_alone(dit, context):
 
 
 def test_latency_budget_takes_what_changes_least(dit, context):
-    table = {"": 10.0} | dict.fromkeys(DIT, 4.0)
-    given = replace(context(dit), latency=lambda generator: table)
+    def latency(generator):
+        attentions = [module for module in generator.denoiser.modules() if hasattr(module, "processor")]
+        pooled = sum(isinstance(attention.processor, PooledKeys) for attention in attentions)
+        return {"": 10.0 - 3.0 * pooled} | dict.fromkeys(DIT, 4.0)
+
+    given = replace(context(dit), latency=latency)
     errors = apply(dit, context(dit), error=1e3).metadata["errors"]
     dit.pipeline.transformer = Generator.load(dit.source).denoiser
     applied = apply(dit, given, latency=0.7)  # 3 ms of each can go
     assert list(applied.metadata["grids"]) == [min(errors, key=errors.__getitem__)]
     dit.pipeline.transformer = Generator.load(dit.source).denoiser
-    assert list(apply(dit, given, latency=0.41).metadata["grids"]) == list(DIT)
+    applied = apply(dit, given, latency=0.41)
+    assert list(applied.metadata["grids"]) == list(DIT)
+    assert applied.metadata["latency"] == pytest.approx(0.4)
+    assert "40% of the time measured" in applied.summary
     dit.pipeline.transformer = Generator.load(dit.source).denoiser
     with pytest.raises(ConfigError, match=r"latency 0\.3 cannot be met by pool 2; the closest that can is 0\.4"):
         apply(dit, given, latency=0.3)
