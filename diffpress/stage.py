@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from torch import nn
+
 from diffpress.errors import ConfigError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT, Progress
+from diffpress.sampling import patched
 from diffpress.targets import Target
 
 
@@ -37,6 +40,18 @@ class Context:
     latency: Callable[[Generator], Mapping[str, float]] | None = None
     """Milliseconds that a denoiser call on the target's engine spends in each submodule, by its dotted name, with all
     that is below it; ``""`` is the whole call. What later stages quantize is in 8 bits there."""
+    latency_ratio: Callable[[Generator, nn.Module], float] | None = None
+    """Latency of a denoiser call with that denoiser over that with the generator's own, on such engines, timed in
+    turns. None: of two tables of ``latency``."""
+
+    def time_left(self, generator: Generator, network: nn.Module) -> float:
+        """Share of a denoiser call's latency that is left with ``network`` as the denoiser."""
+        if self.latency_ratio is not None:
+            return self.latency_ratio(generator, network)
+        assert self.latency is not None
+        whole = self.latency(generator)[""]
+        with patched(generator.pipeline, generator.denoiser_name, network):
+            return self.latency(generator)[""] / whole
 
     def work_folder(self) -> Path:
         """``work``, made; ConfigError where a stage that trains was given none."""

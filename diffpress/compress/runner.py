@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import shutil
@@ -23,15 +22,15 @@ from diffpress.compress.loading import load_recipe
 from diffpress.compress.methods import METHODS
 from diffpress.compress.page import write_report
 from diffpress.compress.recipe import FIXES_STEPS, Recipe, dump_recipe, find_path, read_prompts
+from diffpress.compress.rehearsal import Rehearsal
 from diffpress.compress.report import Latency, Metric, Report
 from diffpress.errors import ArtifactError, ConfigError, NotComparableError, SlowEngineError
 from diffpress.eval.latency import size_on_disk
 from diffpress.eval.machine import describe_machine
 from diffpress.export import check_export, export, load
-from diffpress.export.profile import check_timed, layer_latency
+from diffpress.export.profile import check_timed
 from diffpress.generator import Generator
 from diffpress.progress import SILENT, Progress
-from diffpress.sampling import patched
 from diffpress.stage import Context, Stage
 from diffpress.targets import find_target
 
@@ -87,6 +86,8 @@ class Run:
         chosen, asked = self.recipe.calibration, evaluation.plan_of(self.recipe)
         told: dict[str, Any] = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
         told = {name: value for name, value in told.items() if value is not None}
+        later = [] if number is None else self._rehearsed(number)
+        engines = Rehearsal(self.recipe, self.original, self.context, later)
         final = generator.plan_for(asked)
         first = self.recipe.seed + evaluation.CALIBRATION_SEED
         return Context(
@@ -101,20 +102,9 @@ class Run:
             work=work,
             train_seed=self.recipe.seed + evaluation.TRAINING_SEED,
             original=partial(evaluation.load_original, self.recipe),
-            latency=partial(self._layer_latency, later=[] if number is None else self._rehearsed(number)),
+            latency=engines.table,
+            latency_ratio=engines.ratio,
         )
-
-    def _layer_latency(self, generator: Generator, later: Sequence[Stage]) -> dict[str, float]:
-        """Of the engine with what ``later`` stages quantize, which a copy is, in haste, when it is timed."""
-        plan = generator.plan_for(evaluation.plan_of(self.recipe))
-        conditions = evaluation.conditions_of(self.recipe, self.original, 2)
-        denoiser = copy.deepcopy(generator.denoiser) if later else generator.denoiser
-        with patched(generator.pipeline, generator.denoiser_name, denoiser):
-            context = self.context(generator)
-            brief = dataclasses.replace(context, conditions=context.conditions[:1], seeds=context.seeds[:1])
-            for stage in later:
-                stage.apply(generator, brief)
-            return layer_latency(generator, self.recipe.export, plan=plan, conditions=conditions)
 
     def base_key(self) -> str:
         context = self.context(self.original)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from diffpress.export.parity import open_built
 from diffpress.export.scopes import read_sources
 from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, Session, runs_on_cpu
 from diffpress.export.settings import ExportConfig
+from diffpress.export.trace import in_turns
 from diffpress.generator import Generator, SamplingPlan
 
 logger = logging.getLogger(__name__)
 
 MUCH = 0.05
 """Share of the time without a submodule from which on there is a warning."""
+Opened = tuple[Session, dict[str, Tensor]]
+"""An engine that runs, and what it is called with."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def predicted_latency(table: Mapping[str, float], removed: Iterable[str]) -> flo
 
 def open_denoiser(
     generator: Generator, settings: ExportConfig, folder: Path, *, plan: SamplingPlan, conditions: Sequence[Any]
-) -> tuple[Session, dict[str, Tensor]]:
+) -> Opened:
     """The denoiser as it is now, exported to ``folder`` and running, and its first call for one picture.
 
     For as many pictures as the engine takes where that number is fixed. Other parts are not exported, and nothing is
@@ -173,20 +176,8 @@ def open_denoiser(
     return session, inputs
 
 
-def layer_latency(
-    generator: Generator,
-    settings: ExportConfig,
-    *,
-    plan: SamplingPlan,
-    conditions: Sequence[Any],
-    rounds: int = 10,
-) -> dict[str, float]:
-    """Milliseconds of one denoiser call on the engine that ``settings`` ask for, by submodule of the denoiser.
-
-    Exports the denoiser as it is now to a folder that does not stay, and times it on the call of `open_denoiser`: all
-    of it, also where a cache lets steps skip some. See `latency_table`. Raises what those and `profile` raise.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        session, inputs = open_denoiser(generator, settings, Path(folder), plan=plan, conditions=conditions)
-        found = profile(session, inputs, rounds=rounds)
-    return latency_table(found, (name for name, _ in generator.denoiser.named_modules()))
+def latency_ratio(before: Opened, after: Opened, *, rounds: int = 20) -> float:
+    """Median latency of a call of ``after`` over that of ``before``, timed in turns."""
+    calls = [partial(session, inputs) for session, inputs in (before, after)]
+    first, second = (float(np.median(times)) for times in in_turns(*calls, rounds=rounds))
+    return second / first

@@ -315,7 +315,7 @@ class Depth:
         def measure(chosen: Choice) -> float:
             if not chosen[0]:
                 return 1.0
-            return time_left(generator, context, lambda other: remove(other, chosen[0])) / table[""]
+            return time_left(generator, context, lambda other: remove(other, chosen[0]))
 
         return within(self.config.latency, table, by, measure)
 

@@ -14,7 +14,6 @@ from typing import TypeVar
 from torch import nn
 
 from diffpress.generator import Generator
-from diffpress.sampling import patched
 from diffpress.stage import Context
 
 T = TypeVar("T")
@@ -23,12 +22,10 @@ Table = Mapping[str, float]
 
 
 def time_left(generator: Generator, context: Context, change: Callable[[nn.Module], object]) -> float:
-    """Milliseconds of a denoiser call of the engine once ``change`` is made to the denoiser, which stays as it is."""
-    assert context.latency is not None
+    """Share of a denoiser call's latency that is left once ``change`` is made to the denoiser, which stays as it is."""
     network = copy.deepcopy(generator.denoiser)
     change(network)
-    with patched(generator.pipeline, generator.denoiser_name, network):
-        return context.latency(generator)[""]
+    return context.time_left(generator, network)
 
 
 def within(

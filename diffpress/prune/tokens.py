@@ -294,7 +294,7 @@ class Tokens:
             def reduce(other: nn.Module) -> None:
                 install(other, settings.method, chosen, settings.ratio)
 
-            return time_left(generator, context, reduce) / table[""]
+            return time_left(generator, context, reduce)
 
         return within(settings.latency, table, by, measure)
 

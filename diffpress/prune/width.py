@@ -263,7 +263,7 @@ class Width:
                     if counts[name] < structure.units:
                         structure.narrow(best_units(scores[name], counts[name]))
 
-            return time_left(generator, context, narrow) / table[""]
+            return time_left(generator, context, narrow)
 
         return within(self.config.latency, table, by, measure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,8 @@ def decide_precisions(
         with swapped(denoiser, candidates.picked(_by_layer(groups, chosen))):
             if kind == "error":
                 return output_error(denoiser, candidates.calls)
-            return latency(generator)[""] / tables["float"][""]
+            changed = copy.deepcopy(denoiser)
+        return context.time_left(generator, changed)
 
     decision = decide(choices, kind, limit, measure)
     return decision, _by_layer(groups, decision.chosen)

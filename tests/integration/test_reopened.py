@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from diffpress.compress.loading import load_recipe
 from diffpress.compress.methods import METHODS
 from diffpress.compress.runner import Run, evaluate, measure_latency, run
 from diffpress.errors import ArtifactError, NotComparableError
-from diffpress.export.profile import layer_latency
+from diffpress.export.profile import Opened, open_denoiser
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import SILENT
+from diffpress.prune.units import find_units, remove
 from diffpress.quantize.modules import QuantizedLayer
 
 pytestmark = pytest.mark.slow
@@ -110,15 +112,21 @@ def test_latencies_that_decide_are_of_the_engine_after_later_stages(
     work = Run(load_recipe(recipe(dit_folder, stages=stages), methods=CONFIGS), Artifact(tmp_path), SILENT)
     generator, seen = work.original, []
 
-    def spy(generator: Generator, *args: object, **kwargs: object) -> dict[str, float]:
+    def spy(generator: Generator, *args: Any, **kwargs: Any) -> Opened:
         seen.append(sum(isinstance(module, QuantizedLayer) for module in generator.denoiser.modules()))
-        return layer_latency(generator, *args, **kwargs)  # type: ignore[arg-type]
+        return open_denoiser(generator, *args, **kwargs)
 
-    monkeypatch.setattr("diffpress.compress.runner.layer_latency", spy)
+    monkeypatch.setattr("diffpress.compress.rehearsal.open_denoiser", spy)
     before, network = copy.deepcopy(generator.denoiser.state_dict()), generator.denoiser
-    tables = [work.context(generator, number=number).latency(generator) for number in (0, 1)]  # type: ignore[misc]
+    contexts = [work.context(generator, number=number) for number in (0, 1)]
+    tables = [context.latency(generator) for context in contexts]  # type: ignore[misc]
     assert seen[0] > 0
     assert seen[1] == 0  # what a stage does itself, it measures itself
+    shorter = copy.deepcopy(network)
+    remove(shorter, find_units(shorter, "block")[1:])
+    assert contexts[0].time_left(generator, shorter) > 0
+    assert seen[2] == seen[0] > seen[3] > 0  # both in 8 bits, one with fewer layers
+    assert not any(isinstance(module, QuantizedLayer) for module in shorter.modules())
     names = {name for name, _ in network.named_modules()}
     assert all(names <= table.keys() for table in tables)  # 8-bit layers are called as they were
     assert generator.denoiser is network

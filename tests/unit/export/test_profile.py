@@ -1,5 +1,6 @@
 """Where time goes: every operator has its submodule and kind, nothing is lost, and what is not known is said."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +20,8 @@ from diffpress.export.graph import export_graph
 from diffpress.export.profile import (
     EngineProfile,
     check_timed,
+    latency_ratio,
     latency_table,
-    layer_latency,
     open_denoiser,
     predicted_latency,
     profile,
@@ -274,24 +275,42 @@ def test_innermost_common_module(modules, shared):
     ("family", "target", "int8"),
     [("dit", "openvino", 1), ("flux", "onnxruntime", 0)],
 )
-def test_latency_of_the_denoiser_as_it_is_now(family, target, int8, request, context):
+def test_latency_of_the_denoiser_as_it_is_now(family, target, int8, request, context, tmp_path):
     torch.manual_seed(0)
     generator = Generator(make_flux()) if family == "flux" else request.getfixturevalue(family)
     given = context(generator, target, count=2)
     if int8:
         Int8(Int8Config()).apply(generator, given)
     generator.denoiser.train()
-    table = layer_latency(
-        generator, ExportConfig(target=target), plan=given.plan, conditions=given.conditions, rounds=2
+    session, inputs = open_denoiser(
+        generator, ExportConfig(target=target), tmp_path, plan=given.plan, conditions=given.conditions
     )
     assert generator.denoiser.training
     names = [name for name, _ in generator.denoiser.named_modules()]
+    table = latency_table(profile(session, inputs, rounds=2), names)
     assert table.keys() == set(names)
     for name in names:
         children = [other for other in names if other and other.rpartition(".")[0] == name]
         assert table[name] >= sum(table[child] for child in children) * (1 - 1e-9) >= 0
     blocks = {"dit": "transformer_blocks", "flux": "single_transformer_blocks"}[family]
     assert 0 < table[blocks] < table[""]
+
+
+def test_the_ratio_of_two_engines_is_of_calls_in_turns():
+    order = []
+
+    def engine(name, ms):
+        def call(inputs):
+            order.append((name, inputs))
+            time.sleep(ms / 1e3)
+
+        return call, {"x": name}
+
+    slow, fast = engine("slow", 8), engine("fast", 1)
+    assert latency_ratio(slow, fast, rounds=4) < 0.5 < 2 < latency_ratio(fast, slow, rounds=4)
+    first = order[: len(order) // 2]
+    assert {inputs["x"] == name for name, inputs in first} == {True}
+    assert [name for name, _ in first[::2]] == ["slow", "fast"] * (len(first) // 4)
 
 
 def test_what_an_engine_for_one_plan_looks_up_takes_no_time(dit, context, tmp_path):
