@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import pickle
 import subprocess
@@ -38,12 +40,43 @@ def without_gpu() -> bool:
     return not torch.cuda.is_available()
 
 
+@functools.cache
+def _state() -> Any:
+    """What accelerate knows of the processes, joined now; a process that ends joined may be aborted by its threads."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=without_gpu())
+    atexit.register(state.destroy_process_group)
+    return state
+
+
 def wait_for_all() -> None:
     """Go on when every process has come here."""
     if count() > 1:
-        from accelerate import PartialState
+        _state().wait_for_everyone()
 
-        PartialState(cpu=without_gpu()).wait_for_everyone()
+
+def agreed(found: Callable[[], T]) -> T:
+    """What ``found`` gives in the first process, in all of them: for what no two would find alike, as latencies.
+
+    Every process has to come here; the others do nothing meanwhile. What the first one raises, all do.
+    """
+    if count() == 1:
+        return found()
+    from accelerate.utils import broadcast_object_list
+
+    _state()
+    answer: list[Any] = [None, None]
+    if first():
+        try:
+            answer = [found(), None]
+        except Exception as error:
+            answer = [None, error]
+    value, failure = broadcast_object_list(answer)
+    if failure is not None:
+        raise failure
+    shared: T = value
+    return shared
 
 
 def apart(function: Callable[..., T], *given: Any, **named: Any) -> T:

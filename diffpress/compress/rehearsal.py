@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from diffpress import processes
 from diffpress.compress.evaluation import conditions_of, plan_of
 from diffpress.compress.recipe import Recipe
 from diffpress.export.profile import Opened, latency_ratio, latency_table, open_denoiser, profile
@@ -21,7 +22,7 @@ from diffpress.stage import Context, Stage
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Of one stage of a run."""
+    """Of one stage of a run; of several processes the first alone times, and tells the others."""
 
     recipe: Recipe
     original: Generator
@@ -31,11 +32,17 @@ class Rehearsal:
 
     def table(self, generator: Generator) -> dict[str, float]:
         """`Context.latency`."""
-        with self._engine(generator, generator.denoiser) as opened:
-            return latency_table(profile(*opened), (name for name, _ in generator.denoiser.named_modules()))
+        return processes.agreed(lambda: self._table(generator))
 
     def ratio(self, generator: Generator, network: nn.Module) -> float:
         """`Context.latency_ratio`."""
+        return processes.agreed(lambda: self._ratio(generator, network))
+
+    def _table(self, generator: Generator) -> dict[str, float]:
+        with self._engine(generator, generator.denoiser) as opened:
+            return latency_table(profile(*opened), (name for name, _ in generator.denoiser.named_modules()))
+
+    def _ratio(self, generator: Generator, network: nn.Module) -> float:
         with self._engine(generator, generator.denoiser) as before, self._engine(generator, network) as after:
             return latency_ratio(before, after)
 

@@ -362,9 +362,10 @@ def _prove(
     pairs = [(first, part.outputs), *(calls if part.role == "denoiser" else [])]
     pairs = [(with_masks(inputs, first), outputs) for inputs, outputs in pairs]
     tolerance = tolerance_of(module, settings.compute)
-    noise = partial(moved_by_rounding, Flat(module, part).eval(), compute=settings.compute)
-    parity = compare(part.folder, session, pairs, tolerance=tolerance, noise=noise if has_codes(module) else None)
+    rounded = partial(moved_by_rounding, Flat(module, part).eval(), compute=settings.compute)
+    noise = rounded if has_codes(module) else None
+    parity = compare(part.folder, session, pairs, tolerance=tolerance, noise=noise)
     if part.resized is not None:
-        parity = compare_resized(session, parity, part.resized)
+        parity = compare_resized(session, parity, part.resized, noise)
     found = check_precision(part.folder, session, wanted) if wanted else 0
     return parity, session.provider, found

@@ -134,13 +134,18 @@ def compare(
     return Parity(name, worst, highest, count)
 
 
-def compare_resized(session: Session, at_size: Parity, call: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Parity:
-    """``at_size``, the parity at the traced size, extended by a call at another one.
+def compare_resized(
+    session: Session,
+    at_size: Parity,
+    call: tuple[dict[str, Tensor], dict[str, Tensor]],
+    noise: Callable[[dict[str, Tensor], list[Tensor]], float] | None = None,
+) -> Parity:
+    """``at_size``, the parity at the traced size, extended by a call at another one; ``noise`` as `compare` has it.
 
     Raises ParityError when the engine is right at the first alone.
     """
     try:
-        other = compare(at_size.component, session, [call], tolerance=at_size.tolerance)
+        other = compare(at_size.component, session, [call], tolerance=at_size.tolerance, noise=noise)
     except EngineError as error:
         raise ParityError(
             f"export.size 'dynamic': {at_size.component} has the size it was traced at baked in, for the engine agrees "
@@ -153,6 +158,8 @@ def _difference(what: str, actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().cpu(), expected.cpu()
     if actual.shape != expected.shape:
         raise ParityError(f"{what} has shape {list(actual.shape)}, torch gives {list(expected.shape)}")
+    if not torch.isfinite(expected).all():
+        raise ParityError(f"{what}: what torch gives is not finite, so nothing can be compared with it")
     if not torch.isfinite(actual).all():
         share = 1 - torch.isfinite(actual).double().mean().item()
         raise ParityError(f"{what} is not finite ({share:.1%} of the values are NaN or infinite)")

@@ -30,7 +30,7 @@ def is_unet(network: nn.Module) -> bool:
     return hasattr(network, "up_blocks") and hasattr(network, "down_blocks")
 
 
-def check_cut(network: nn.Module, *, keep_first: int | None, keep_last: int | None, branch: int | None) -> None:
+def check_cut(network: Any, *, keep_first: int | None, keep_last: int | None, branch: int | None) -> None:
     """Raises ConfigError where as much as that cannot be kept; see `find_cut`."""
     kind = type(network).__name__
     if is_unet(network):
@@ -41,6 +41,13 @@ def check_cut(network: nn.Module, *, keep_first: int | None, keep_last: int | No
         layers = len(_up_layers(network)) - (network.mid_block is None)  # something has to be left out
         if (branch or 0) >= layers:
             raise ConfigError(f"prune.steps: branch {branch} of {kind}, which has {layers} up layers; allowed: below")
+        block, layer = _up_layers(network)[-(branch or 0) - 1]
+        attentions = getattr(network.up_blocks[block], "attentions", None)
+        if layer and attentions is not None and len(attentions) != len(network.up_blocks[block].resnets):
+            raise ConfigError(
+                f"prune.steps: branch {branch or 0} cuts up_blocks.{block} of {kind}, whose layers have not got an "
+                f"attention each; allowed: a branch that begins with a block, such as {(branch or 0) + layer}"
+            )
         return
     if branch is not None:
         raise ConfigError(f"prune.steps: branch is for U-Nets; {kind} has blocks: use keep_first and keep_last")

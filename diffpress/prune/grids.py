@@ -123,7 +123,7 @@ def search(fitness: Callable[[Grid], float], starts: Sequence[Grid], *, evaluati
     The starts have the same first level, which stays. The simplex (Nelder & Mead 1965; simplices larger and smaller
     anew, once one has settled) moves in the logits of l_j / l_{j-1}, l a level's number from 1, so that grids stay in
     order. Each grid is judged once, NaN counts as infinite, and the best is kept, so the best fitness never rises. Ends
-    early where no new grid is met.
+    early where no simplex meets a new grid.
     """
     known: dict[Grid, float] = {}
     curve: list[float] = []
@@ -141,6 +141,7 @@ def search(fitness: Callable[[Grid], float], starts: Sequence[Grid], *, evaluati
 
     for start in list(dict.fromkeys(starts))[:evaluations]:
         judged(start)
+    idle = 0
     for size in itertools.cycle(SIMPLICES):
         before, best = len(curve), _logits(min(known, key=known.__getitem__))
         if before >= evaluations:
@@ -153,7 +154,8 @@ def search(fitness: Callable[[Grid], float], starts: Sequence[Grid], *, evaluati
             "fatol": np.inf,
         }
         minimize(objective, best, method="Nelder-Mead", options=options)
-        if len(curve) == before:
+        idle = idle + 1 if len(curve) == before else 0
+        if idle == len(SIMPLICES):
             break
     grid = min(known, key=known.__getitem__)
     return Found(grid, known[grid], tuple(curve))

@@ -120,6 +120,9 @@ class MergedTokens:
         """What ``inner`` gives for the merged tokens, for all tokens; only for self-attention without a mask."""
         assert encoder_hidden_states is None
         assert attention_mask is None
+        if not self.count:  # no engine takes a tensor of no tokens
+            self.grid.cells(hidden_states)
+            return self.inner(attn, hidden_states, None, None, temb)
         merge, unmerge = self.matching(hidden_states)
         return unmerge(self.inner(attn, merge(hidden_states), None, None, temb))
 

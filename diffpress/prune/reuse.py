@@ -77,6 +77,11 @@ class Runs:
         for batch, expected in zip(self.batches, self.finals, strict=True):
             with cached(self.generator.denoiser, policy) as caches:
                 found = final_latents(self.generator, *batch, self.plan)
+            if any(len(state.history) < len(self.timesteps) for state in caches.states):
+                raise ConfigError(
+                    f"prune.steps: {type(self.generator.denoiser).__name__} is told other conditions from step to "
+                    "step, so that nothing of one can be used in the next; allowed: a pipeline that repeats them"
+                )
             computed += [sum(state.history) for state in caches.states]
             errors.append(_relative(found, expected))
         error = float(torch.cat(errors).mean())

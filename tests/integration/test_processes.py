@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -25,6 +26,22 @@ stages:
       training: {{steps: 6, batch_size: 4, learning_rate: 0.0001, warmup: 1}}
 evaluate: {{samples: 4, batch_size: 4, steps: 4, baselines: [eager], latency_rounds: 3}}
 gate: {{}}
+"""
+
+TOLD = """
+import os, sys
+from diffpress import processes
+from diffpress.errors import ConfigError
+
+def refuse():
+    raise ConfigError(f"refused by {os.environ['RANK']}")
+
+found = [processes.agreed(os.getpid), processes.agreed(lambda: {"": float(os.getpid())})]
+try:
+    processes.agreed(refuse)
+except ConfigError as error:
+    found.append(str(error))
+open(os.path.join(sys.argv[1], os.environ["RANK"]), "w").write(repr((os.getpid(), found)))
 """
 
 
@@ -52,3 +69,16 @@ def test_two_processes_make_the_student_of_one(dit_folder: Path, tmp_path: Path)
     assert (tmp_path / "two/engine/model_index.json").is_file(), both.stderr
     before = load_file(dit_folder / "transformer/diffusion_pytorch_model.safetensors")
     assert max(float((one[name] - before[name]).abs().max()) for name in before if name in one) > 2e-4  # it did learn
+
+
+def test_what_only_the_first_process_finds_all_go_by(tmp_path: Path) -> None:
+    (tmp_path / "told.py").write_text(TOLD)
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    command = [sys.executable, "-m", *launcher, str(tmp_path / "told.py"), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (ast.literal_eval((tmp_path / rank).read_text()) for rank in "01")
+    assert first[1] == second[1] == [first[0], {"": float(first[0])}, "refused by 0"]
+    assert first[0] != second[0]

@@ -93,6 +93,15 @@ def test_values_that_are_not_finite(bad):
         check(output)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_agrees_with_values_that_are_not_finite(bad):
+    expected = EXPECTED.clone()
+    expected[0, 0, :3] = bad
+    for output in (EXPECTED, 3 * EXPECTED, expected):
+        with pytest.raises(ParityError, match=r"output y.* not finite"):
+            check(output, expected)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_constant_output(value):
     with pytest.raises(ParityError, match=rf"output y is constant \({value:g}\), torch's is not"):
@@ -126,6 +135,14 @@ def test_parity_at_another_size_counts():
     assert compare_resized(Fake(), at_size, ({}, {"y": EXPECTED})) == Parity("unet", 1e-4, 1e-3, 4)
     larger = compare_resized(Fake(), at_size, ({}, {"y": 1.0005 * EXPECTED}))
     assert larger.error == pytest.approx(5e-4, rel=1e-2)
+
+
+def test_where_rounding_moves_torch_more_at_another_size_that_is_allowed():
+    at_size, other = Parity("unet", 0.02, 0.05, 3), ({}, {"y": EXPECTED / 1.08})
+    assert compare_resized(Fake(), at_size, other, lambda inputs, outputs: 0.05).error == pytest.approx(0.08)
+    for noise in (None, lambda inputs, outputs: 0.03):
+        with pytest.raises(ParityError, match="differs"):
+            compare_resized(Fake(), at_size, other, noise)
 
 
 @pytest.mark.parametrize(

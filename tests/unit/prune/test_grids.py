@@ -150,3 +150,19 @@ def test_the_search_survives_what_is_not_finite_and_ends_where_nothing_is_new():
     assert found.curve[:2] == (np.inf, 400.0)
     assert found.fitness == found.grid[1] < 10
     assert len(search(lambda grid: float(grid[1]), [(4, 3)], evaluations=60).curve) <= 4
+
+
+def test_the_search_goes_on_with_the_other_simplex_where_one_meets_nothing_new():
+    """Eight of twelve levels: a simplex that is small beside the distance of levels rounds to grids that are known."""
+    every = [(11, *inner) for inner in itertools.combinations(range(10, -1, -1), 7)]
+    hits = 0
+    for seed in range(8):
+        wanted = np.sort(np.random.default_rng(seed).uniform(0, 11, 8))[::-1]
+
+        def distance(grid, wanted=wanted):
+            return float(np.abs(np.array(grid) - wanted).sum())
+
+        found = search(distance, [every[0], every[-1]], evaluations=96)
+        assert len(found.curve) > 2  # beside the starts
+        hits += found.fitness == min(map(distance, every))
+    assert hits >= 5  # 6; 2 where the first simplex that meets nothing new ends the search

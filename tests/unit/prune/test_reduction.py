@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffpress.errors import ConfigError
+from diffpress.export.graph import export_graph
+from diffpress.export.session import open_session
 from diffpress.prune.reduction import CoarseBlocks, MergedTokens, PooledKeys, TokenGrid
 
 
@@ -116,6 +118,23 @@ def test_merged_tokens_are_those_of_a_loop(count):
         found = layer(x)
     torch.testing.assert_close(found, expected)
     assert torch.allclose(found, unmerged, atol=1e-5) == (count == 0)
+
+
+def test_merging_nothing_is_what_an_engine_runs(tmp_path):
+    """No tensor without tokens; other grids are refused all the same."""
+    layer, x = attention(), torch.randn(2, 16, 16)
+    layer.set_processor(MergedTokens(TokenGrid(4, 4, 2), 0, layer.processor))
+
+    class Flat(nn.Module):
+        def forward(self, *tensors):
+            return layer(*tensors)
+
+    export_graph(Flat().eval(), {"x": x}, ["y"], tmp_path / "model.onnx", free={"x": {}}, opset=20)
+    session = open_session(tmp_path / "model.onnx", target="onnxruntime")
+    with torch.no_grad():
+        torch.testing.assert_close(session({"x": x})[0], layer(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"64 tokens, but token reduction was fitted for 4 x 4"):
+        layer(torch.randn(2, 64, 16))
 
 
 def test_merging_keeps_the_count_and_its_inverse_the_places():

@@ -233,6 +233,40 @@ def test_where_families_are_cut(family, blocks):
     assert (found.start, found.end) == (f"{blocks}.1", f"{blocks}.{last}")
 
 
+def test_conditions_that_change_from_step_to_step_leave_nothing_to_reuse(dit, given):
+    runs = Runs(dit, given(dit), 3)
+    count = len(runs.timesteps)
+    policy = CachePolicy(
+        cut=cut_of(dit), kind="schedule", timesteps=runs.timesteps, computed=(True,) + (False,) * (count - 1)
+    )
+    assert runs.candidate(policy).computed == 1
+    calls = itertools.count()
+
+    def restless(module, args, given):
+        return args, given | {"class_labels": (given["class_labels"] + next(calls)) % 3}
+
+    handle = dit.denoiser.register_forward_pre_hook(restless, with_kwargs=True)
+    try:
+        with pytest.raises(ConfigError, match="is told other conditions from step to step"):
+            runs.candidate(policy)
+    finally:
+        handle.remove()
+
+
+def test_a_cut_between_layers_without_an_attention_each():
+    blocks = ("SkipDownBlock2D", "AttnSkipDownBlock2D"), ("AttnSkipUpBlock2D", "SkipUpBlock2D")
+    for ups, within, edge in ((blocks[1], 3, 5), (blocks[1][::-1], 0, 2)):
+        network = UNet2DModel(
+            sample_size=8, block_out_channels=(32, 32), attention_head_dim=8,
+            down_block_types=blocks[0], up_block_types=ups,
+        )  # fmt: skip
+        layers = [len(block.resnets) for block in network.up_blocks]
+        assert layers == [3, 3]
+        with pytest.raises(ConfigError, match=rf"branch {within} cuts up_blocks.* such as {edge}"):
+            check_cut(network, keep_first=None, keep_last=None, branch=within)
+        check_cut(network, keep_first=None, keep_last=None, branch=edge)
+
+
 def test_branches_of_two_calls_are_kept_apart():
     """CogView4 calls its denoiser for each branch of guidance, with texts of two lengths."""
     generator = Generator(make("cogview4"))
