@@ -9,7 +9,7 @@ each solver at each number of steps, students as they were distilled for; all st
 distance and coverage are against the reference of the teacher's recipe, the paired error against the teacher with
 DPM-Solver++(2M) at the most steps. Latency is one picture, batch 1, all candidates in turns. Label agreement is of
 `models/emoji-features`, where conditions are its classes or names of emoji. The result is written after every
-candidate, and the same command goes on from there.
+candidate, and the same command goes on from there, with what is of the same engines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 
 import diffpress
-from diffpress.artifact import read_json, write_json
+from diffpress.artifact import folder_hash, read_json, write_json
 from diffpress.compress.evaluation import conditions_of
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.methods import METHODS
@@ -61,7 +61,10 @@ def candidates(teacher: Generator, options: argparse.Namespace, guidance: float)
         student = Generator(diffpress.load(folder))
         if student.plan is None:
             raise SystemExit(f"{folder} was not distilled")
-        found[f"{folder.name}, {student.plan.steps}"] = student, student.plan
+        name = f"{folder.name}, {student.plan.steps}"
+        if name in found:
+            raise SystemExit(f"two students are called {name}; give their folders different names")
+        found[name] = student, student.plan
     return found
 
 
@@ -138,17 +141,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found = candidates(teacher, options, recipe.evaluate.guidance_scale)
     sys.path.insert(0, str(MODELS))
     classes = classes_of(conditions)
-    settings = {"samples": options.samples, "guidance": recipe.evaluate.guidance_scale, "seed": SEED}
-    data: dict[str, Any] = {"settings": settings, "machine": describe_machine(), "candidates": {}}
+    best = f"DPM-Solver++(2M), {max(options.steps)}"
+    settings = {
+        "samples": options.samples,
+        "guidance": recipe.evaluate.guidance_scale,
+        "seed": SEED,
+        "reference run": best,
+        "teacher": folder_hash(options.teacher / "engine"),
+    }
+    engines = {folder.name: folder_hash(folder / "engine") for folder in options.students}
+    data: dict[str, Any] = {"settings": settings, "candidates": {}}
     if options.output.is_file():
         data = read_json(options.output)
         if data["settings"] != settings:
             raise SystemExit(f"{options.output} was measured with {data['settings']}; name another file")
-    best = f"DPM-Solver++(2M), {max(options.steps)}"
+    data["machine"] = describe_machine()
     pictures = {best: draw(*found[best], conditions, options)}
     base: Replicates | None = None
     for name in [best, *(other for other in found if other != best)]:
-        if name in data["candidates"] and name != best:
+        engine = engines.get(name.rpartition(", ")[0], settings["teacher"])
+        if name != best and data["candidates"].get(name, {}).get("engine") == engine:
             continue
         samples = pictures.get(name) or draw(*found[name], conditions, options)
         features = extract(extractor, samples.images, source=name).values
@@ -156,6 +168,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         base = base or frechet
         _, coverage = density_coverage_replicates(features, reference)
         row = {
+            "engine": engine,
             "steps": found[name][1].steps,
             "student": found[name][0].plan is not None,
             "Fréchet": dataclasses.asdict(interval(frechet)),
@@ -168,6 +181,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         data["candidates"][name] = row
         write_json(options.output, data)
+    for row in data["candidates"].values():
+        row.pop("latency", None)  # of another run, so not in turns with these
     for name, row in timed(found, conditions, options).items():
         data["candidates"][name]["latency"] = row
     write_json(options.output, data)

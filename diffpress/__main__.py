@@ -127,7 +127,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, DiffpressError):
         return str(error), error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out of memory: lower evaluate.batch_size or calibration.batch_size", InfrastructureError.exit_code
+        sizes = "evaluate.batch_size, calibration.batch_size, or a stage's training.batch_size and pairs.batch_size"
+        return f"out of memory: lower {sizes}", InfrastructureError.exit_code
     if isinstance(error, ImportError):
         what = f"a package is missing or broken: {error}"
         return f"{what}\nReinstall with: {sys.executable} -m pip install --upgrade diffpress", DiffpressError.exit_code

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from diffpress.errors import InfrastructureError
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""How long processes wait for each other: one may sample a teacher, or time engines, for hours."""
 
 
 def count() -> int:
@@ -45,7 +48,7 @@ def _state() -> Any:
     """What accelerate knows of the processes, joined now; a process that ends joined may be aborted by its threads."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=without_gpu())
+    state = PartialState(cpu=without_gpu(), timeout=PATIENCE)
     atexit.register(state.destroy_process_group)
     return state
 
@@ -88,13 +91,16 @@ def apart(function: Callable[..., T], *given: Any, **named: Any) -> T:
     import torch
 
     code = f"import pickle, sys; from {__name__} import _answer; _answer(*pickle.load(sys.stdin.buffer))"
-    paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answer"
         asked = pickle.dumps((file, torch.get_num_threads(), function, given, named))
-        done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, env=paths)
+        done = subprocess.run([sys.executable, "-P", "-c", code], input=asked, capture_output=True, env=paths)
         if done.returncode:
             said = "".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
+            if done.returncode < 0:
+                said = f"killed by signal {-done.returncode}, which is usually for want of memory if it is 9"
+            said = said or f"exit status {done.returncode}"
             raise InfrastructureError(f"a process for {function.__name__} ended early: {said}")
         found: T = pickle.loads(file.read_bytes())
         return found

@@ -180,7 +180,7 @@ class Recipe:
 
 def misplaced(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
     """(index, what is wrong) of each stage that cannot stand where it does, in the order of the stages."""
-    rules = (_after_quantizer, _after_fitted, _nothing_pruned, _nothing_nested, _nothing_left)
+    rules = (_after_quantizer, _after_fitted, _guided_twice, _nothing_pruned, _nothing_nested, _nothing_left)
     return sorted(wrong for rule in rules for wrong in rule(stages))
 
 
@@ -209,6 +209,23 @@ def _after_fitted(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
             first = next((place for place in range(index) if stages[place].method in early), None)
             if stage.method in late and first is not None:
                 wrong.append((index, f"{_place(stages, index)}: {why.format(_place(stages, first))}"))
+    return wrong
+
+
+def _guided_twice(stages: Sequence[StageSpec]) -> list[tuple[int, str]]:
+    """A distillation with guidance after one that has brought it into the network."""
+    wrong: list[tuple[int, str]] = []
+    taught = None
+    for index, stage in enumerate(stages):
+        if stage.method not in _STUDENTS:
+            continue
+        pairs: Any = getattr(stage.config, "pairs", None)
+        again = stage.method == "distill.guidance" or (getattr(pairs, "guidance_scale", None) or 1) > 1
+        if taught is not None and again:
+            what = f"{_place(stages, index)}: would count guidance twice, which {taught} has brought into the network"
+            wrong.append((index, f"{what}; allowed: another stage, with pairs.guidance_scale null or 1"))
+        elif getattr(stage.config, "scales", None) is None:
+            taught = taught or _place(stages, index)
     return wrong
 
 

@@ -8,15 +8,17 @@ neither batch size nor the number of workers nor a killed run changes what is st
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import filelock
 import numpy as np
 import torch
 from pydantic import Field
@@ -132,6 +134,21 @@ class PairStore:
         do not fit, or a damaged shard, and InfrastructureError when the disk is too small.
         """
         check_solver(self.teacher)
+        with self._alone():
+            return self._collect(conditions, phases, seed, progress)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other run writes to the folder meanwhile; of several processes of this one the first sees to that."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+        try:
+            with lock if processes.first() else contextlib.nullcontext():
+                yield
+        except filelock.Timeout as error:
+            raise ArtifactError(f"{self.folder}: another run is at work on these pairs") from error
+
+    def _collect(self, conditions: Sequence[Any], phases: int, seed: int, progress: Progress) -> tuple[Pairs, Pairs]:
         stored = self._stored_phases(phases)
         identity = self._identity(conditions, stored, seed)
         self._claim(identity, conditions, stored)

@@ -18,3 +18,13 @@ def test_an_answer_comes_from_a_fresh_process():
 def test_what_went_wrong_there_is_told():
     with pytest.raises(InfrastructureError, match=r"a process for sqrt ended early: ValueError: .+"):
         apart(math.sqrt, -1.0)
+    with pytest.raises(InfrastructureError, match=r"_exit ended early: exit status 3"):
+        apart(os._exit, 3)
+    with pytest.raises(InfrastructureError, match=r"abort ended early: killed by signal 6"):
+        apart(os.abort)
+
+
+def test_the_working_directory_is_not_imported_from(tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert apart(math.sqrt, 4.0) == 2

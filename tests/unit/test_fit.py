@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
 
 from diffpress.errors import ArtifactError, TrainingError
@@ -62,6 +63,70 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path):
     assert resumed.losses == fitted.losses
     fresh, _ = train(tmp_path / "fresh", replace(SETTINGS, steps=11))  # unlike a run of other length
     assert not torch.equal(fresh.weight, whole.weight)
+
+
+class Late(nn.Module):
+    """Its second layer is called from update 4 on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.early, self.late = nn.Linear(3, 1), nn.Linear(3, 1)
+
+
+def late_loss(model, draw):
+    x = DATA[draw.mine(draw.rows(len(DATA)))]
+    found = model.early(x) + (model.late(x) if draw.step >= 4 else 0)
+    return (found - x @ SLOPE.T).square().mean()
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_layers_that_are_called_late_end_with_the_same_bits_too(tmp_path, step):
+    def lethal(model, draw):
+        if draw.step == step:
+            raise Killed
+        return late_loss(model, draw)
+
+    whole, _ = train(tmp_path / "whole", loss=late_loss, model=Late())
+    often = replace(SETTINGS, checkpoint_every=1e-9)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", often, lethal, Late())
+    again, _ = train(tmp_path / "killed", often, late_loss, Late())
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("compute", "tokens", "expected"),
+    [
+        ("bfloat16", 16, "AttnProcessor"),
+        ("bfloat16", 400, "AttnProcessor2_0"),
+        ("float32", 16, "AttnProcessor2_0"),
+    ],
+)
+def test_attention_that_trains_fastest_and_is_put_back(tmp_path, monkeypatch, compute, tokens, expected):
+    torch.manual_seed(0)
+    layer = Attention(8, heads=2, dim_head=4)
+    before, called = layer.processor, []
+    for kind in (AttnProcessor, AttnProcessor2_0):
+        plain = kind.__call__
+
+        def seen(self, *args, kind=kind, plain=plain, **named):
+            called.append(kind.__name__)
+            return plain(self, *args, **named)
+
+        monkeypatch.setattr(kind, "__call__", seen)
+    x = torch.randn(2, tokens, 8)
+    maps = x.transpose(1, 2).reshape(2, 8, tokens // 4, 4)
+
+    def loss(model, draw):
+        return (model(x).square().mean() + model(maps).square().mean()).float()
+
+    train(tmp_path, replace(SETTINGS, steps=1, compute=compute), loss, layer)
+    assert called == [expected] * 2
+    assert layer.processor is before
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", replace(SETTINGS, compute=compute), killed_at(0), layer)
+    assert layer.processor is before
 
 
 def test_the_average_is_the_student(tmp_path):

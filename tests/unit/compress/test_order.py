@@ -199,6 +199,24 @@ def test_weights_that_are_all_quantized_already(tmp_path, layers, part):
 
 
 @pytest.mark.parametrize(
+    ("stages", "at"),
+    [
+        (("distill.reflow: {pairs: {guidance_scale: 3.0}}", "distill.reflow: {steps: 1}"), []),
+        (("distill.reflow", "distill.reflow: {steps: 1, pairs: {guidance_scale: 1.0}}"), []),
+        (("distill.reflow", "distill.reflow: {steps: 1, pairs: {guidance_scale: 3.0}}"), [4]),
+        (("distill.consistency", "quantize.smooth", "distill.guidance"), [5]),
+        (("distill.guidance", "distill.reflow: {pairs: {guidance_scale: 3.0}}"), [4]),
+        (("distill.guidance: {scales: [1.5, 4.0]}", "distill.guidance"), []),
+    ],
+)
+def test_guidance_is_not_counted_twice(tmp_path, stages, at):
+    """Told before the first student is trained."""
+    found = problems(tmp_path, *stages)
+    assert [where for where, _ in found] == [f"mine.yaml:{line}" for line in at]
+    assert all(" would count guidance twice, which stages.0.distill." in what for _, what in found)
+
+
+@pytest.mark.parametrize(
     ("stages", "steps", "warned"),
     [
         (("prune.steps",), 7, 7),

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
+import filelock
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -204,6 +205,13 @@ def test_small_disk_is_refused_before_any_work(collect, monkeypatch, tmp_path):
     with pytest.raises(InfrastructureError, match="0 MiB are free"):
         collect()
     assert not list((tmp_path / "pairs").glob("*.safetensors"))
+
+
+def test_a_folder_at_which_another_run_is_at_work_is_refused(collect, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    with filelock.FileLock(tmp_path / "pairs/.lock"), pytest.raises(ArtifactError, match="another run is at work on"):
+        collect()
+    assert len(collect()[0].states) == 10  # afterwards it is not
 
 
 def test_size_is_said_beforehand(collect, dit, tmp_path):

@@ -150,6 +150,17 @@ def test_relative_distance_by_hand():
     torch.testing.assert_close(relative_distance(100 * found, 100 * wanted, 2.0), relative_distance(found, wanted, 2.0))
 
 
+@pytest.mark.parametrize("mask", [None, 2.0])
+def test_features_that_are_constant(mask):
+    ones, zeros = torch.ones(1, 6), torch.zeros(1, 6)
+    found = torch.full((1, 6), 1.5, requires_grad=True)
+    assert relative_distance(found, ones, mask).item() == pytest.approx(0.25)
+    nothing = relative_distance(found, zeros, mask)  # relative to nothing
+    assert nothing.item() == 0
+    (slope,) = torch.autograd.grad(nothing.sum(), found)
+    assert torch.equal(slope, zeros)
+
+
 def test_outliers_of_either_network_are_left_out():
     generator = torch.Generator().manual_seed(0)
     wanted = torch.rand(1, 100, generator=generator)  # nothing beyond two deviations
