@@ -114,8 +114,7 @@ def relative_distance(found: Tensor, wanted: Tensor, mask: float | None) -> Tens
     """sum (f_S - f_T)^2 / sum f_T^2 over the elements kept of each record, float32 [n].
 
     Features [n, ...] of student and teacher; the denominator is LAPTOP-Diff's weight of a term. Kept is what is nearer
-    than ``mask`` standard deviations to the mean of its record's feature in both (TinyFusion, section 3.3); None: all.
-    0 for a record whose teacher gives nothing but zeros.
+    than ``mask`` standard deviations to the mean in both (TinyFusion, section 3.3); None: all. 0 beside zeros alone.
     """
     found, wanted = found.float().flatten(1), wanted.float().flatten(1)
     kept = torch.ones_like(wanted)
