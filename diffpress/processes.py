@@ -73,7 +73,7 @@ def agreed(found: Callable[[], T]) -> T:
     if first():
         try:
             answer = [found(), None]
-        except Exception as error:
+        except Exception as error:  # whatever it is: the others wait for an answer
             answer = [None, error]
     value, failure = broadcast_object_list(answer)
     if failure is not None:

@@ -246,7 +246,7 @@ class _Run:
                 for index, parameter in enumerate(self.parameters):
                     parameter.copy_(stored.get_tensor(f"weights.{index}"))
                     self.ema.shadow_params[index].copy_(stored.get_tensor(f"ema.{index}"))
-                    if f"step.{index}" not in names:
+                    if f"{_MOMENTS[0]}.{index}" not in names:
                         continue
                     moments = {n: stored.get_tensor(f"{n}.{index}").to(parameter.device) for n in _MOMENTS}
                     self.optimizer.state[parameter] = {"step": stored.get_tensor(f"step.{index}"), **moments}

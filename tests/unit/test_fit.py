@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from diffpress.errors import ArtifactError, TrainingError
@@ -190,6 +192,17 @@ def test_damaged_checkpoint_is_refused(tmp_path):
     train(tmp_path)
     path = tmp_path / CHECKPOINT
     path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        train(tmp_path)
+
+
+def test_a_checkpoint_without_the_optimizers_steps_is_refused(tmp_path):
+    """Those of earlier versions; moments are never dropped in silence."""
+    train(tmp_path)
+    path = tmp_path / CHECKPOINT
+    with safe_open(path, framework="pt") as stored:
+        kept, facts = {n: stored.get_tensor(n) for n in stored.keys() if "step" not in n}, stored.metadata()  # noqa: SIM118
+    save_file(kept, path, metadata=facts)
     with pytest.raises(ArtifactError, match="cannot be read"):
         train(tmp_path)
 
