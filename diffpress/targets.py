@@ -65,6 +65,24 @@ def has_dot_products() -> bool:
     return not is_x86 or any(able.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
+Compute = Literal["auto", "float32", "bfloat16"]
+"""Precision of float products; ``auto``: bfloat16 where the machine has instructions for it."""
+
+
+def in_bfloat16(compute: Compute, device: torch.device | str) -> bool:
+    """Whether torch shall multiply in bfloat16 on ``device``: as said, and for ``auto`` where that saves time.
+
+    A CPU has to have AVX512-BF16, AMX or Arm's BF16: others convert back and forth, and take longer than in float32.
+    """
+    if compute != "auto":
+        return compute == "bfloat16"
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return kind == "cpu" and any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -33,6 +33,7 @@ from diffpress.config import config
 from diffpress.errors import ArtifactError, ConfigError, TrainingError
 from diffpress.lora import add_adapters, merge_adapters, require_adapters
 from diffpress.progress import Progress
+from diffpress.targets import Compute, in_bfloat16
 from diffpress.traceable import unread
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,9 @@ class TrainingSettings:
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the moving average that becomes the student; 0: the last weights become it. It is warmed up: after k
     updates it is at most 1 - (1 + k)^-0.75, which reaches 0.9975 after 3,000 and 0.999 after 10,000."""
-    compute: Literal["float32", "bfloat16"] = "float32"
-    """Precision of forward and backward passes; weights and updates are float32."""
+    compute: Compute = "float32"
+    """Precision of forward and backward passes; weights and updates are float32. auto: bfloat16 where the machine has
+    instructions for it, else float32."""
     compile: bool = False
     """Whether the network is compiled for training; on a CPU torch.compile wants a C++ compiler."""
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -169,9 +171,9 @@ class _ByTokens:
 
 
 @contextmanager
-def _quick_attention(network: nn.Module, device: torch.device, compute: str) -> Iterator[None]:
+def _quick_attention(network: nn.Module, device: torch.device, *, bfloat16: bool) -> Iterator[None]:
     """Inside the block stock attention is what trains fastest there."""
-    swapped = device.type == "cpu" and compute == "bfloat16"
+    swapped = device.type == "cpu" and bfloat16
     layers = [module for module in network.modules() if type(getattr(module, "processor", None)) is AttnProcessor2_0]
     before: list[tuple[Any, Any]] = [(layer, layer.processor) for layer in layers] if swapped else []
     for layer, processor in before:
@@ -191,6 +193,7 @@ class _Run:
         self.accelerator = Accelerator(mixed_precision="no", cpu=processes.without_gpu())
         assert self.accelerator.num_processes == processes.count()
         self.network = network.to(self.accelerator.device)
+        self.bfloat16 = in_bfloat16(settings.compute, self.accelerator.device)
         self.target = None if target is None else target.to(self.accelerator.device)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -206,9 +209,7 @@ class _Run:
         """One step of the optimizer; the mean loss over all processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate_of(draw.step, self.settings)
-        with torch.autocast(
-            torch.device(draw.device).type, torch.bfloat16, enabled=self.settings.compute == "bfloat16"
-        ):
+        with torch.autocast(torch.device(draw.device).type, torch.bfloat16, enabled=self.bfloat16):
             loss = loss_of(self.called, draw)
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
@@ -303,7 +304,7 @@ def fit(
     run = _Run(network, target[0] if target else None, settings, key)
     if path.exists():
         run.resume(path)
-    with _quick_attention(network, run.accelerator.device, settings.compute):
+    with _quick_attention(network, run.accelerator.device, bfloat16=run.bfloat16):
         _train(run, loss_of, seed=seed, path=path, progress=progress, label=label, preview=preview, target=target)
     if settings.ema:
         run.ema.copy_to(run.parameters)

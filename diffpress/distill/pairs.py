@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import filelock
 import numpy as np
@@ -34,6 +34,7 @@ from diffpress.diffusion import Schedule, flow_time, level_at
 from diffpress.errors import ArtifactError, ConfigError, InfrastructureError
 from diffpress.generator import Generator, SamplingPlan
 from diffpress.progress import Progress
+from diffpress.targets import Compute, in_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,9 @@ class PairSettings:
     """Records sampled at once."""
     shard: Annotated[int, Field(ge=1)] = 512
     """Records in one file."""
-    compute: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which the teacher's network runs; states are stored in float32 either way."""
+    compute: Compute = "float32"
+    """Precision in which the teacher's network runs; states are stored in float32 either way. auto: bfloat16 where the
+    machine has instructions for it, else float32."""
     folder: str | None = None
     """Where the records are kept, to be used again by other students of the same teacher; null: inside the run."""
 
@@ -254,9 +256,8 @@ class PairStore:
                 os.replace(partial, self.folder / file)
 
     def _solve(self, conditions: list[Any], rows: range, phases: int, first: int) -> tuple[Tensor, tuple[Edge, ...]]:
-        bfloat16 = self.settings.compute == "bfloat16"
-        device = self.teacher.pipeline.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+        device = self.teacher.pipeline.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(self.settings.compute, device)):
             run = trajectory(self.teacher, conditions, seeds=[first + row for row in rows], plan=self.plan)
         edges = edges_of(self.teacher.schedule, run.timesteps, phases)
         kept = run.states[:: self.plan.steps // phases].transpose(0, 1).contiguous().cpu()  # [n, phases + 1, c, ...]

@@ -108,10 +108,10 @@ def check_export(generator: Generator, settings: ExportConfig, *, fixed: bool = 
             f"export: providers {', '.join(missing)}: not available to {settings.target} on this machine, "
             f"which has {', '.join(known) or 'no device for it'}"
         )
-    device = (settings.providers or ("CPU",))[0]
-    if settings.compute == "bfloat16" and not has_bfloat16(device):
+    if settings.compute == "bfloat16" and not has_bfloat16(settings.device):
         raise ConfigError(
-            f"export: compute bfloat16, but {device} of this machine computes in float32; allowed here: float32"
+            f"export: compute bfloat16, but {settings.device} of this machine computes in float32; allowed here: "
+            "auto, float32"
         )
 
 
@@ -310,7 +310,7 @@ def _write_pipeline(
     manifest = {
         "format": 1,
         "target": settings.target,
-        "export": dataclasses.asdict(settings),
+        "export": dataclasses.asdict(settings) | {"compute": settings.precision},
         "denoiser": generator.denoiser_name,
         "parameters": argument_names(generator.denoiser),
         "arguments": _taken(next(part for part in parts if part.role == "denoiser")),
@@ -356,13 +356,13 @@ def _prove(
     path = folder / part.folder / "model.onnx"
     module = getattr(generator.pipeline, part.attribute)
     session = open_built(path, module, settings)
-    check_compute(part.folder, session, settings.compute)
+    check_compute(part.folder, session, settings.precision)
     wanted = quantized_layers(generator.denoiser) if part.role == "denoiser" else 0
     first = part.flat_inputs()
     pairs = [(first, part.outputs), *(calls if part.role == "denoiser" else [])]
     pairs = [(with_masks(inputs, first), outputs) for inputs, outputs in pairs]
-    tolerance = tolerance_of(module, settings.compute)
-    rounded = partial(moved_by_rounding, Flat(module, part).eval(), compute=settings.compute)
+    tolerance = tolerance_of(module, settings.precision)
+    rounded = partial(moved_by_rounding, Flat(module, part).eval(), compute=settings.precision)
     noise = rounded if has_codes(module) else None
     parity = compare(part.folder, session, pairs, tolerance=tolerance, noise=noise)
     if part.resized is not None:

@@ -62,7 +62,7 @@ def open_built(path: Path, module: nn.Module, settings: ExportConfig) -> Session
         path,
         target=settings.target,
         providers=settings.providers,
-        compute=settings.compute,
+        compute=settings.precision,
         largest_code=largest_code(module),
         trusted=True,
     )

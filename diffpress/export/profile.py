@@ -90,7 +90,7 @@ class EngineProfile:
 
 def check_timed(name: str, settings: ExportConfig) -> None:
     """Raises ConfigError, in the name of what wants to, for engines whose layers `profile` cannot time."""
-    target, device = settings.target, (settings.providers or ("CPU",))[0]
+    target, device = settings.target, settings.device
     able = runs_on_cpu(settings.providers) if target == "onnxruntime" else (target, device) == ("openvino", "CPU")
     if not able:
         where = f" on {', '.join(settings.providers)}" if settings.providers else ""

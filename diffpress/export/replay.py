@@ -55,7 +55,7 @@ def prove_cache(
     policy, name = generator.cache, generator.denoiser_name
     assert policy is not None
     steps = _record(generator, policy, conditions, plan, 1 if settings.batch == "dynamic" else settings.batch)
-    noise = functools.cache(lambda: _moved_along(generator.denoiser, policy, steps, settings.compute))
+    noise = functools.cache(lambda: _moved_along(generator.denoiser, policy, steps, settings.precision))
     sessions = {}
     for piece in PIECES[policy.kind]:
         sessions[piece] = open_built(piece_path(folder / name, piece), generator.denoiser, settings)
@@ -65,7 +65,7 @@ def prove_cache(
         f"{name}, cached",
         _Follower(engine, iter(steps)),
         calls,
-        tolerance=tolerance_of(generator.denoiser, settings.compute) * amplification(policy),
+        tolerance=tolerance_of(generator.denoiser, settings.precision) * amplification(policy),
         noise=(lambda inputs, outputs: noise()) if has_codes(generator.denoiser) else None,
     )
     for piece, session in sessions.items():

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from diffpress.config import config
+from diffpress.export.session import has_bfloat16
+from diffpress.targets import Compute
 
 Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
 
@@ -27,8 +29,8 @@ class ExportConfig:
     """Image width in pixels; null: the model's own."""
     providers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Execution providers or devices of the run-time in order of preference; null: the target's default. OpenVINO takes one, such as ``AUTO:GPU,CPU``; TensorRT too, such as ``cuda:0``."""  # noqa: E501
-    compute: Literal["float32", "bfloat16"] = "float32"
-    """Precision of what is not in 8 bits; bfloat16 for OpenVINO on CPUs that have it."""
+    compute: Compute = "float32"
+    """Precision of what is not in 8 bits; bfloat16 for OpenVINO on CPUs that have it. auto: bfloat16 there, else float32."""  # noqa: E501
     dot_products: bool | None = None
     """Whether the CPU that the engine is for adds up products of 8-bit numbers in 32 bits (x86 with VNNI or AMX, Arm); null: as this one does. false: weights from -64 to 64, right on every CPU. true where this one does not: the engine computes in float32 here, as exact and not as fast; for OpenVINO."""  # noqa: E501
     timesteps: Literal["any", "plan"] = "any"
@@ -38,6 +40,18 @@ class ExportConfig:
     opset: Annotated[int, Field(ge=19, le=24)] = 20
     """ONNX operator set; 8-bit weights with a scale for each channel need 19. 4-bit weights for TensorRT take 21."""
 
+    @property
+    def device(self) -> str:
+        """OpenVINO's or TensorRT's device, where none is named OpenVINO's CPU."""
+        return (self.providers or ("CPU",))[0]
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """``compute``, and for ``auto`` what that is on this machine."""
+        if self.compute != "auto":
+            return self.compute
+        return "bfloat16" if self.target == "openvino" and has_bfloat16(self.device) else "float32"
+
     @model_validator(mode="after")
     def _both_sides(self) -> ExportConfig:
         if (self.height is None) != (self.width is None):
@@ -46,7 +60,7 @@ class ExportConfig:
             raise ValueError(f"version_compatible is for target tensorrt; target is {self.target}")
         if self.dot_products is not None and self.target == "tensorrt":
             raise ValueError("dot_products is for targets onnxruntime and openvino; target is tensorrt")
-        if self.compute != "float32" and self.target != "openvino":
+        if self.compute == "bfloat16" and self.target != "openvino":
             raise ValueError(f"compute {self.compute} is for target openvino; target is {self.target}")
         if self.target != "onnxruntime" and len(self.providers or ()) > 1:
             example = ", which may be composed, as 'AUTO:GPU,CPU'" if self.target == "openvino" else ""

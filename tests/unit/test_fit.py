@@ -131,6 +131,19 @@ def test_attention_that_trains_fastest_and_is_put_back(tmp_path, monkeypatch, co
     assert layer.processor is before
 
 
+@pytest.mark.parametrize("has", [False, True])
+def test_auto_is_the_precision_that_this_machine_has_instructions_for(tmp_path, monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx512_bf16": has})
+    found = []
+
+    def asked(model, draw):
+        found.append(torch.is_autocast_enabled("cpu"))
+        return loss(model, draw)
+
+    train(tmp_path, replace(SETTINGS, steps=1, compute="auto"), asked)
+    assert found == [has]
+
+
 def test_the_average_is_the_student(tmp_path):
     averaged, _ = train(tmp_path / "averaged")
     last, _ = train(tmp_path / "last", replace(SETTINGS, ema=0))

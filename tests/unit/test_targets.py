@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from diffpress import targets
-from diffpress.targets import FULL_RANGE, REDUCED_RANGE, TARGETS, find_target, has_dot_products, overflows
+from diffpress.targets import (
+    FULL_RANGE,
+    REDUCED_RANGE,
+    TARGETS,
+    find_target,
+    has_dot_products,
+    in_bfloat16,
+    overflows,
+)
 
 WITHOUT = {"architecture": "x86_64", "avx2": True, "avx512_f": True}
 
@@ -23,6 +31,31 @@ WITHOUT = {"architecture": "x86_64", "avx2": True, "avx512_f": True}
 def test_who_has_dot_products(monkeypatch, able, has):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert has_dot_products() is has
+
+
+@pytest.mark.parametrize(
+    ("able", "has"),
+    [
+        (WITHOUT | {"avx512_vnni": True}, False),
+        (WITHOUT | {"avx512_bf16": True}, True),
+        (WITHOUT | {"amx_bf16": True}, True),
+        (WITHOUT | {"avx512_bf16": False}, False),
+        ({"architecture": "aarch64", "bf16": True}, True),
+        ({"architecture": "aarch64", "fp16_arith": True}, False),
+    ],
+)
+def test_who_multiplies_in_bfloat16(monkeypatch, able, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert in_bfloat16("auto", "cpu") is in_bfloat16("auto", torch.device("cpu")) is has
+    assert in_bfloat16("bfloat16", "cpu")
+    assert not in_bfloat16("float32", "cpu")
+    assert not in_bfloat16("auto", "mps")
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_gpus_are_asked_for_instructions_of_their_own(monkeypatch, has):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has or including_emulation)
+    assert in_bfloat16("auto", "cuda:1") is has
 
 
 @pytest.mark.parametrize("has", [False, True])

@@ -91,6 +91,14 @@ def test_stable_diffusion_begins_with_nearly_pure_noise():
     assert first.sigma / (first.alpha + first.sigma) == pytest.approx(0.936, abs=1e-3)
 
 
+@pytest.mark.parametrize("has", [False, True])
+def test_auto_is_the_precision_that_this_machine_has_instructions_for(collect, monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx512_bf16": has})
+    auto, said = collect("auto", compute="auto")[0], collect("said", compute="bfloat16" if has else "float32")[0]
+    assert torch.equal(auto.states, said.states)
+    assert not torch.equal(auto.states, collect("other", compute="float32" if has else "bfloat16")[0].states)
+
+
 def test_batch_size_changes_nothing_but_the_last_bits(collect):
     one, other = collect("one", batch_size=3)[0], collect("other", batch_size=2)[0]
     torch.testing.assert_close(one.states, other.states, rtol=1e-4, atol=1e-5)

@@ -18,11 +18,11 @@ from diffpress.errors import (
     ParityError,
     PrecisionError,
 )
-from diffpress.export import build
+from diffpress.export import build, settings
 from diffpress.export.build import check_export, export
 from diffpress.export.components import Flat, find_components, flatten_inputs
 from diffpress.export.graph import export_graph
-from diffpress.export.load import load
+from diffpress.export.load import MANIFEST, load
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator
 from diffpress.quantize.int8 import Int8, Int8Config
@@ -261,6 +261,24 @@ def test_what_cannot_be_built_is_refused_first(dit, monkeypatch):
     monkeypatch.setattr(build, "_importable", lambda package: False)
     with pytest.raises(MissingDependencyError, match=r"pip install 'diffpress\[openvino\]'"):
         check_export(dit, ExportConfig(target="openvino"))
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_precision_that_the_machine_decides(dit, context, tmp_path, monkeypatch, has):
+    for module in (build, settings):
+        monkeypatch.setattr(module, "has_bfloat16", lambda device: has)
+    auto = ExportConfig(target="openvino", compute="auto")
+    check_export(dit, auto)
+    assert auto.precision == ("bfloat16" if has else "float32")
+    assert ExportConfig(compute="auto").precision == "float32"
+    if has:
+        check_export(dit, dataclasses.replace(auto, compute="bfloat16"))
+        return
+    with pytest.raises(ConfigError, match="compute bfloat16, but CPU of this machine computes in float32; allowed"):
+        check_export(dit, dataclasses.replace(auto, compute="bfloat16"))
+    given = context(dit)
+    export(dit, tmp_path, auto, plan=given.plan, conditions=given.conditions)
+    assert json.loads((tmp_path / MANIFEST).read_text())["export"]["compute"] == "float32"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
