@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from denoisers.calls import IMAGES, STEPS
-from denoisers.routes import ROUTES
+from denoisers.routes import ROUTES, routes_here
 from denoisers.workers import WorkerError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +114,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4], choices=(1, 2, 4))
     parser.add_argument(
-        "--routes", nargs="+", default=list(ROUTES), choices=ROUTES, metavar="ROUTE", help=", ".join(ROUTES)
+        "--routes", nargs="+", choices=ROUTES, metavar="ROUTE", help=f"{', '.join(ROUTES)} (those for this CPU)"
     )
     parser.add_argument("--rounds", type=int, default=20, help="at least 2 (%(default)s)")
     parser.add_argument("--outliers", action="store_true", help="a few channels x 50 after every LayerNorm")
@@ -135,6 +135,7 @@ def arguments() -> argparse.Namespace:
     if options.rounds < 2:
         parser.error(f"--rounds is {options.rounds}; allowed: 2 or more")
     options.work = options.work.resolve()
+    options.routes = options.routes or routes_here()
     return options
 
 

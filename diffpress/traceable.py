@@ -89,6 +89,13 @@ def unread(network: nn.Module) -> tuple[str, ...]:
     return tuple(f"transformer_blocks.{last}.{layer}*" for layer in idle)
 
 
+def _refuse(**given: Any) -> None:
+    """Raises ConfigError for what would have no effect here: stock code hands it to attention processors and LoRA."""
+    for name, value in given.items():
+        if value:
+            raise ConfigError(f"{name} is {value}; allowed: none, for this network's own attention takes none")
+
+
 class _Lists:
     """Called with lists, a network gets tensors and gives a list; called with tensors, it is as without."""
 
@@ -103,9 +110,10 @@ class _Lists:
         t: Tensor,
         cap_feats: Sequence[Tensor],
         return_dict: bool = True,
-        joint_attention_kwargs: None = None,
+        joint_attention_kwargs: Any = None,
     ) -> Any:
         """Pictures [c, 1, h, w] and texts [tokens, d] as stock pipelines give them."""
+        _refuse(joint_attention_kwargs=joint_attention_kwargs)
         longest = -(-max(map(len, cap_feats)) // _TOGETHER) * _TOGETHER
         padded = pad_sequence([*cap_feats, cap_feats[0].new_zeros(longest, cap_feats[0].shape[1])], batch_first=True)
         lengths = torch.tensor([len(text) for text in cap_feats], device=padded.device)
@@ -127,6 +135,7 @@ class _Places:
     def __call__(
         self, *args: Any, img_shapes: Any = None, guidance: None = None, attention_kwargs: Any = None, **kwargs: Any
     ) -> Any:
+        _refuse(attention_kwargs=attention_kwargs)
         if img_shapes is not None:
             ((_, height, width),) = img_shapes[0]  # one frame of one picture; the same for all of a batch
             device = kwargs["hidden_states"].device

@@ -40,6 +40,7 @@ OUR_BUILDS: tuple[dict[str, Any], ...] = (
         "stages": "static",
         "variants": {
             "ours-openvino": {},
+            "ours-openvino-plan-f32": {"timesteps": "plan"},
             "ours-openvino-bf16": {"compute": "bfloat16"},
             "ours-openvino-plan": {"compute": "bfloat16", "timesteps": "plan"},
         },

@@ -38,6 +38,8 @@ class Route:
     build: str | None = None
     """Folder of the graph that it reads, below the net's; None: the pipeline."""
     ours: bool = False
+    bfloat16: bool | None = None
+    """Whether it is for CPUs that have, or have no, instructions for bfloat16; None: for all."""
 
 
 def open_torch(
@@ -137,24 +139,46 @@ def open_ours(folder: Path, batch: int, threads: int) -> Opened:
 ROUTES = {
     "eager": Route("eager fp32", open_torch),
     "medium": Route('eager fp32, "medium" precision', open_torch, {"medium": True}),
-    "compiled": Route("torch.compile bf16, freezing", open_torch, {"dtype": "bfloat16", "compiled": True}),
+    "compiled-f32": Route("torch.compile fp32, freezing", open_torch, {"compiled": True}, bfloat16=False),
+    "compiled": Route(
+        "torch.compile bf16, freezing", open_torch, {"dtype": "bfloat16", "compiled": True}, bfloat16=True
+    ),
+    "torchao-f32": Route(
+        "torchao int8 dynamic, compiled, fp32", open_torch, {"compiled": True, "int8": True}, bfloat16=False
+    ),
     "torchao": Route(
-        "torchao int8 dynamic, compiled", open_torch, {"dtype": "bfloat16", "compiled": True, "int8": True}
+        "torchao int8 dynamic, compiled",
+        open_torch,
+        {"dtype": "bfloat16", "compiled": True, "int8": True},
+        bfloat16=True,
     ),
     "ort": Route("ONNX Runtime fp32", open_onnxruntime, build="onnx"),
     "ort-dynamic": Route("ONNX Runtime int8 dynamic", open_onnxruntime, build="ort-dynamic"),
     "ort-static": Route("ONNX Runtime int8 static", open_onnxruntime, build="ort-static"),
-    "openvino-bf16": Route("OpenVINO bf16", open_openvino, {"precision": "bf16"}, build="onnx"),
+    "openvino": Route("OpenVINO fp32", open_openvino, build="onnx", bfloat16=False),
+    "openvino-bf16": Route("OpenVINO bf16", open_openvino, {"precision": "bf16"}, build="onnx", bfloat16=True),
     "nncf": Route("OpenVINO + NNCF int8", open_openvino, build="nncf"),
-    "nncf-bf16": Route("OpenVINO + NNCF int8, bf16", open_openvino, {"precision": "bf16"}, build="nncf"),
+    "nncf-bf16": Route("OpenVINO + NNCF int8, bf16", open_openvino, {"precision": "bf16"}, build="nncf", bfloat16=True),
     "ours-ort": Route("diffpress, ONNX Runtime", open_ours, build="ours-ort", ours=True),
     "ours-ort-dynamic": Route("diffpress, ONNX Runtime, dynamic", open_ours, build="ours-ort-dynamic", ours=True),
     "ours-openvino": Route("diffpress, OpenVINO", open_ours, build="ours-openvino", ours=True),
-    "ours-openvino-bf16": Route("diffpress, OpenVINO, bf16", open_ours, build="ours-openvino-bf16", ours=True),
+    "ours-openvino-plan-f32": Route(
+        "diffpress, OpenVINO, for one plan", open_ours, build="ours-openvino-plan-f32", ours=True, bfloat16=False
+    ),
+    "ours-openvino-bf16": Route(
+        "diffpress, OpenVINO, bf16", open_ours, build="ours-openvino-bf16", ours=True, bfloat16=True
+    ),
     "ours-openvino-plan": Route(
-        "diffpress, OpenVINO, bf16, for one plan", open_ours, build="ours-openvino-plan", ours=True
+        "diffpress, OpenVINO, bf16, for one plan", open_ours, build="ours-openvino-plan", ours=True, bfloat16=True
     ),
 }
+
+
+def routes_here() -> list[str]:
+    """Names of the routes for this CPU."""
+    from diffpress.targets import in_bfloat16
+
+    return [name for name, route in ROUTES.items() if route.bfloat16 in (None, in_bfloat16("auto", "cpu"))]
 
 
 def open_route(state: dict[str, Any], name: str, folder: Path, calls: Path, batch: int, threads: int) -> dict[str, Any]:

@@ -265,28 +265,42 @@ def _save_buffers(module: nn.Module, path: Path) -> None:
 def _build_tensorrt(
     file: Path, shapes: dict[str, tuple[int, ...]], part: Component, folder: Path, settings: ExportConfig
 ) -> None:
-    """The engine of one graph beside it; of what was kept between steps the first axis is the batch."""
+    """The engine of one graph beside it; of what was kept between steps the first axis is the batch.
+
+    Raises ConfigError where texts of any length are among what was kept: nothing says which axis that is.
+    """
     from diffpress.export import tensorrt
 
     kept = {0: "batch"} if settings.batch == "dynamic" else {}
+    if shapes.keys() - part.free.keys() and any("text" in axes.values() for axes in part.free.values()):
+        raise ConfigError(
+            f"export: a feature cache on target tensorrt, but texts of {part.attribute} are of any length; allowed: "
+            "onnxruntime, openvino"
+        )
     tensorrt.build(
         file,
         file.with_suffix(".engine"),
-        profiles={name: _profile(shape, part.free.get(name, kept)) for name, shape in shapes.items()},
+        profiles={
+            name: _profile(shape, part.free.get(name, kept), settings.largest_batch) for name, shape in shapes.items()
+        },
+        device=settings.providers,
         timing_cache=folder.parent / "tensorrt.timing",
         version_compatible=settings.version_compatible,
     )
 
 
-def _profile(shape: tuple[int, ...], free: dict[int, str]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Least, usual and greatest shape.
+def _profile(
+    shape: tuple[int, ...], free: dict[int, str], largest_batch: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Least, usual and greatest shape of what was recorded with two images where the batch is free.
 
-    Free axes go from 1 (batch, text) or half (size) to four times the recorded; of text to `LONGEST_TEXT` at least.
+    Free axes go from 1 (batch, text) or half (size) to the rows of ``largest_batch`` images, or four times the
+    recorded; of text to `LONGEST_TEXT` at least.
     """
     kinds = [free.get(axis, "") for axis in range(len(shape))]
     least = tuple({"": size, "size": max(1, size // 2)}.get(kind, 1) for kind, size in zip(kinds, shape, strict=True))
     most = tuple(
-        {"": size, "text": max(4 * size, LONGEST_TEXT)}.get(kind, 4 * size)
+        {"": size, "batch": -(-size * largest_batch // 2), "text": max(4 * size, LONGEST_TEXT)}.get(kind, 4 * size)
         for kind, size in zip(kinds, shape, strict=True)
     )
     return least, shape, most
@@ -310,7 +324,7 @@ def _write_pipeline(
     manifest = {
         "format": 1,
         "target": settings.target,
-        "export": dataclasses.asdict(settings) | {"compute": settings.precision},
+        "export": settings.decided(),
         "denoiser": generator.denoiser_name,
         "parameters": argument_names(generator.denoiser),
         "arguments": _taken(next(part for part in parts if part.role == "denoiser")),

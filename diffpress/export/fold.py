@@ -6,7 +6,9 @@ few values in every run. An engine for one sampling plan looks them up instead. 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -104,12 +106,14 @@ def _evaluate(
     part = ir.convenience.extract(model.graph, inputs=[root], outputs=list(values))
     rows = root.shape[0] if root.shape is not None and isinstance(root.shape[0], int) else 1
     assert isinstance(rows, int)
-    proto = ir.to_proto(ir.Model(part, ir_version=model.ir_version))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    assert root.name is not None
-    runs = [session.run(None, {root.name: np.full(rows, step, np.float32)}) for step in timesteps]
+    with tempfile.TemporaryDirectory() as folder:  # modulations of all blocks may be more than a protobuf holds
+        file = Path(folder) / "model.onnx"
+        ir.save(ir.Model(part, ir_version=model.ir_version), file, external_data="model.onnx.data")
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        assert root.name is not None
+        runs = [session.run(None, {root.name: np.full(rows, step, np.float32)}) for step in timesteps]
     tables: dict[ir.Value, np.ndarray] = {}
     for value, *found in zip(values, *runs, strict=True):
         if found[0].ndim and len(found[0]) == rows:

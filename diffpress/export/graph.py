@@ -90,9 +90,10 @@ def _cause(error: Exception, free: Free) -> str:
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Write ``path``, and ``path``.data when the weights are large."""
-    weights = (value.const_value for value in model.graph.initializers.values())
-    large = sum(weight.nbytes for weight in weights if weight is not None) > EXTERNAL_FROM
+    """Write ``path``, and ``path``.data when the weights are large, or lie in the file of another graph."""
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    large = sum(weight.nbytes for weight in weights) > EXTERNAL_FROM
+    large |= any(isinstance(weight, ir.ExternalTensor) for weight in weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     ir.save(model, path, external_data=f"{path.name}.data" if large else None)
 
@@ -114,13 +115,16 @@ def clean(model: ir.Model) -> None:
 
 
 def _name_axes(model: ir.Model, free: Free) -> None:
-    """Call the free axes by what they follow, so that a run-time's message can be read."""
+    """Call the free axes by what they follow, so that a run-time's message can be read.
+
+    Those of the batch share a name. Others have their own: run-times plan memory as if equal names were equal lengths.
+    """
     for value in model.graph.inputs:
         axes = free.get(value.name or "", {})
         if axes and value.shape is not None:
             value.shape = ir.Shape(
                 [
-                    f"size_{axis}" if axes.get(axis) == "size" else axes.get(axis, size)
+                    f"{axes[axis]}_{value.name}_{axis}" if axes.get(axis, "batch") != "batch" else axes.get(axis, size)
                     for axis, size in enumerate(value.shape)
                 ]
             )

@@ -70,7 +70,7 @@ class EngineModule(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if "TensorRT" in self.session.provider else "cpu")  # the others return CPU tensors
+        return self.session.device
 
     def run(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
         """Call the engine with the arguments it has inputs for. Raises EngineError when one of them is missing."""

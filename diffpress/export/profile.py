@@ -16,7 +16,7 @@ from torch import Tensor
 from diffpress.errors import ConfigError, EngineError
 from diffpress.export.attribution import KINDS, Kind, Layer, attribute
 from diffpress.export.build import export_part, timesteps_of
-from diffpress.export.components import find_components, flatten_inputs, in_turn
+from diffpress.export.components import find_components, flatten_inputs, in_turn, with_masks
 from diffpress.export.parity import open_built
 from diffpress.export.scopes import read_sources
 from diffpress.export.session import OnnxRuntimeSession, OpenVinoSession, Session, runs_on_cpu
@@ -167,7 +167,7 @@ def open_denoiser(
     part = next(part for part in parts if part.role == "denoiser")
     whole = settings.timesteps == "plan"
     calls = generator.record(images, seeds=range(len(images)), plan=plan, limit=None if whole else 1)
-    inputs = flatten_inputs(calls[0].inputs)
+    inputs = with_masks(flatten_inputs(calls[0].inputs), part.flat_inputs())
     told = timesteps_of(flatten_inputs(call.inputs) for call in calls) if whole else None
     training = generator.denoiser.training
     export_part(generator, part, folder, settings, told)

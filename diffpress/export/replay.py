@@ -140,7 +140,7 @@ class _Follower:
         self.engine, self.steps = engine, steps
         self.inputs: dict[str, torch.dtype] = {}
         self.outputs, self.provider = [OUTPUT], engine.session.provider
-        self.simulated = engine.session.simulated
+        self.simulated, self.device = engine.session.simulated, engine.session.device
 
     def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         step = next(self.steps)

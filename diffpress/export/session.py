@@ -55,6 +55,8 @@ class Session(Protocol):
     """Run-time and provider or device that really execute, such as "ONNX Runtime 1.31.1, CPUExecutionProvider"."""
     simulated: bool
     """Whether 8-bit products are computed in float32."""
+    device: torch.device
+    """Where the outputs lie."""
 
     def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Outputs in the order of ``outputs``. Raises EngineError for a shape the engine was not built for."""
@@ -118,6 +120,8 @@ def runs_on_cpu(wanted: Sequence[str] | None) -> bool:
 
 class OnnxRuntimeSession:
     """ONNX Runtime; without ``providers`` on CUDA where it is there, else on the CPU."""
+
+    device = torch.device("cpu")
 
     def __init__(self, path: Path, *, providers: Sequence[str] | None = None) -> None:
         """Raises EngineError for a provider that is not available, or that the session silently left out."""
@@ -196,6 +200,8 @@ class OpenVinoSession:
     A graph with free axes is compiled for the shapes it meets: the first ``static_shapes`` sets of shapes get graphs of
     their own (OpenVINO fuses far more when shapes are known), all others share one with free axes.
     """
+
+    device = torch.device("cpu")
 
     def __init__(
         self,

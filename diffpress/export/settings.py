@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from diffpress.config import config
-from diffpress.export.session import has_bfloat16
+from diffpress.export.session import has_bfloat16, runs_on_cpu
 from diffpress.targets import Compute
 
 Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
@@ -35,6 +36,8 @@ class ExportConfig:
     """Whether the CPU that the engine is for adds up products of 8-bit numbers in 32 bits (x86 with VNNI or AMX, Arm); null: as this one does. false: weights from -64 to 64, right on every CPU. true where this one does not: the engine computes in float32 here, as exact and not as fast; for OpenVINO."""  # noqa: E501
     timesteps: Literal["any", "plan"] = "any"
     """plan: what the denoiser computes from the timestep alone becomes a table, and the engine takes no other timesteps than those of the recipe's sampling plan."""  # noqa: E501
+    largest_batch: Annotated[int, Field(ge=2)] = 32
+    """TensorRT only: most images at a time that an engine with a dynamic batch takes; its memory grows with them."""
     version_compatible: bool = False
     """TensorRT only: an engine that later TensorRT versions of the same major load too; slower, and carries code."""
     opset: Annotated[int, Field(ge=19, le=24)] = 20
@@ -51,6 +54,19 @@ class ExportConfig:
         if self.compute != "auto":
             return self.compute
         return "bfloat16" if self.target == "openvino" and has_bfloat16(self.device) else "float32"
+
+    @property
+    def bound(self) -> tuple[str, ...] | None:
+        """Providers that an engine of these settings is for, null where it runs on any that the run-time has.
+
+        Graphs for ONNX Runtime's CPU kernels have operators that are slow anywhere else.
+        """
+        alone = self.providers is None and self.target == "onnxruntime" and runs_on_cpu(None)
+        return ("CPUExecutionProvider",) if alone else self.providers
+
+    def decided(self) -> dict[str, Any]:
+        """The settings, with what this machine decides."""
+        return asdict(self) | {"compute": self.precision, "providers": self.bound}
 
     @model_validator(mode="after")
     def _both_sides(self) -> ExportConfig:

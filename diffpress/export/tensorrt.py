@@ -84,13 +84,15 @@ def build(
     engine_path: Path,
     *,
     profiles: dict[str, ShapeRange],
+    device: Sequence[str] | None = None,
     timing_cache: Path | None = None,
     version_compatible: bool = False,
     workspace: int | None = None,
 ) -> dict[str, Any]:
-    """Build an engine for this GPU and write it to ``engine_path``; external weights lie next to ``onnx_path``.
+    """Build an engine for a GPU and write it to ``engine_path``; external weights lie next to ``onnx_path``.
 
-    ``profiles`` holds the shape range of every input with a free axis. ``timing_cache`` is a file that makes the next
+    ``profiles`` holds the shape range of every input with a free axis. ``device`` is one CUDA device such as "cuda:0",
+    torch's current one without it. ``timing_cache`` is a file that makes the next
     build faster: read if it is there, written anew. ``workspace`` is the scratch memory of a layer, in bytes. A
     ``version_compatible`` engine also runs on later TensorRT versions, and a session loads it with ``trusted``.
 
@@ -102,7 +104,7 @@ def build(
     trt = _import_tensorrt()
     log, started = _log(trt), time.perf_counter()
     log.errors.clear()
-    with torch.cuda.device(_cuda_device(None)):
+    with torch.cuda.device(_cuda_device(device)):
         builder = trt.Builder(log)
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11 is always so and ignores it
         network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -292,10 +294,10 @@ class TensorRTSession:
         tensorrt, EngineError without a CUDA device or for a file of another TensorRT version or GPU.
         """
         self._trt = trt = _import_tensorrt()
-        self._path, self._device, self.simulated = path, _cuda_device(providers), False
+        self._path, self.device, self.simulated = path, _cuda_device(providers), False
         if not path.is_file():
             raise EngineError(f"{path} is not there; build it from the ONNX file")
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             self._engine = engine = _deserialize(trt, path.read_bytes(), path, trusted=trusted)
             self._context = engine.create_execution_context()
         names = _names(engine, trt.TensorIOMode.INPUT)
@@ -306,13 +308,13 @@ class TensorRTSession:
         self._types = {name: TORCH_TYPES[engine.get_tensor_dtype(name).name] for name in (*names, *self.outputs)}
         self._ranges = {name: _shape_range(engine, name) for name in names}
         self.inputs = {name: self._types[name] for name in names}
-        self.provider = f"TensorRT {trt.__version__} on {torch.cuda.get_device_name(self._device)}"
+        self.provider = f"TensorRT {trt.__version__} on {torch.cuda.get_device_name(self.device)}"
 
     def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Outputs in the order of ``outputs``, on the GPU, queued on the current stream."""
         context = self._context
-        with torch.cuda.device(self._device):
-            tensors = {name: inputs[name].to(self._device, dtype).contiguous() for name, dtype in self.inputs.items()}
+        with torch.cuda.device(self.device):
+            tensors = {name: inputs[name].to(self.device, dtype).contiguous() for name, dtype in self.inputs.items()}
             for name, tensor in tensors.items():
                 low, _, high = self._ranges[name]
                 if not _inside(tuple(tensor.shape), low, high):
@@ -323,7 +325,7 @@ class TensorRTSession:
                 context.set_input_shape(name, tuple(tensor.shape))
             for name in self.outputs:
                 shape = tuple(context.get_tensor_shape(name))
-                tensors[name] = torch.empty(shape, dtype=self._types[name], device=self._device)
+                tensors[name] = torch.empty(shape, dtype=self._types[name], device=self.device)
             for name, tensor in tensors.items():
                 context.set_tensor_address(name, tensor.data_ptr())
             if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):

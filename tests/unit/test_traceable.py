@@ -118,6 +118,8 @@ def test_places_by_the_shapes_of_pictures(patches):
         shapes_of_others = shapes | {"img_shapes": [[(1, *patches[::-1])]] * 3}
         other = traceable(**call, **given, **shapes_of_others).sample
         assert not torch.allclose(other, expected, atol=1e-4)  # control
+    with pytest.raises(ConfigError, match=r"attention_kwargs is \{'scale': 0.5\}; allowed: none"):
+        traceable(**call, **shapes | {"attention_kwargs": {"scale": 0.5}})
     assert unread(traceable) == ("transformer_blocks.1.attn.to_add_out*", "transformer_blocks.1.txt_mlp*")
     assert unread(make("lumina2").transformer) == ()
 

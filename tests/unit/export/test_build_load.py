@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -279,6 +280,30 @@ def test_precision_that_the_machine_decides(dit, context, tmp_path, monkeypatch,
     given = context(dit)
     export(dit, tmp_path, auto, plan=given.plan, conditions=given.conditions)
     assert json.loads((tmp_path / MANIFEST).read_text())["export"]["compute"] == "float32"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_engine_for_the_cpu_stays_there(monkeypatch, gpu):
+    known = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+    assert ExportConfig().decided()["providers"] == (None if gpu else ("CPUExecutionProvider",))
+    for given in ({"target": "openvino"}, {"providers": ("CUDAExecutionProvider",)}):
+        assert ExportConfig(**given).decided()["providers"] == given.get("providers")
+
+
+def test_shapes_that_a_tensorrt_engine_takes():
+    free = {0: "batch", 1: "text", 2: "size"}
+    assert build._profile((4, 10, 8, 3), free, 32) == ((1, 1, 4, 3), (4, 10, 8, 3), (64, build.LONGEST_TEXT, 32, 3))
+    assert build._profile((2, 2000), free, 5) == ((1, 1), (2, 2000), (5, 8000))
+
+
+def test_kept_texts_of_any_length_are_refused_for_tensorrt(tmp_path):
+    generator = Generator(make("cogview4"))
+    parts = find_components(generator, generator.conditions(2), SamplingPlan(steps=2), batch=None, any_size=False)
+    part = next(part for part in parts if part.role == "denoiser")
+    shapes = {name: tuple(tensor.shape) for name, tensor in part.flat_inputs().items()} | {"start.1": (4, 23, 64)}
+    with pytest.raises(ConfigError, match="feature cache on target tensorrt, but texts of transformer are of any"):
+        build._build_tensorrt(tmp_path / "model.onnx", shapes, part, tmp_path, ExportConfig(target="tensorrt"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])

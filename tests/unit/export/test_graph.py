@@ -3,6 +3,8 @@
 import os
 
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -50,7 +52,7 @@ def test_the_same_module_gives_the_same_bytes(tmp_path, monkeypatch):
 def test_axes_are_named_and_free(tmp_path):
     path = write(tmp_path / "model.onnx")
     dims = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
-    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 4, "size_2", "size_3"]
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 4, "size_x_2", "size_x_3"]
     session = OnnxRuntimeSession(path)
     for x in (X, X[:1], torch.cat([X, X])[:, :, :, :4], X.repeat(1, 1, 3, 2)):
         with torch.no_grad():
@@ -78,6 +80,30 @@ def test_large_weights_go_to_a_file_of_their_own(tmp_path, monkeypatch):
     assert (tmp_path / "model.onnx.data").stat().st_size >= 4 * 3 * 3 * 4 * 8
     with torch.no_grad():
         torch.testing.assert_close(OnnxRuntimeSession(path)({"x": X})[0], Small()(X), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_in_the_file_of_another_graph_are_taken_along(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "EXTERNAL_FROM", 0)
+        model = ir.load(write(tmp_path / "traced.onnx"))
+    path = tmp_path / "piece" / "model.onnx"
+    graph.save_graph(model, path)
+    for file in tmp_path.glob("traced.onnx*"):
+        file.unlink()
+    with torch.no_grad():
+        torch.testing.assert_close(OnnxRuntimeSession(path)({"x": X})[0], Small()(X), rtol=1e-4, atol=1e-5)
+
+
+def test_free_axes_share_a_name_where_they_are_the_same(tmp_path):
+    class Two(nn.Module):
+        def forward(self, *tensors):
+            return tensors[0].sum(1, keepdim=True) + tensors[1].sum(1, keepdim=True)
+
+    path, axes = tmp_path / "model.onnx", {0: "batch", 1: "size"}
+    inputs = {"short": torch.ones(2, 5), "long": torch.ones(2, 9)}
+    graph.export_graph(Two(), inputs, ["sum"], path, free=dict.fromkeys(inputs, axes), opset=20)
+    shapes = {item.name: item.shape for item in onnxruntime.InferenceSession(path).get_inputs()}
+    assert shapes == {"short": ["batch", "size_short_1"], "long": ["batch", "size_long_1"]}
 
 
 def test_a_module_that_cannot_be_traced(tmp_path):

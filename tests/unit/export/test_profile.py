@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from families import make
 from tiny import make_flux
 from torch import nn
 from torch.nn import functional as F
@@ -294,6 +295,17 @@ def test_latency_of_the_denoiser_as_it_is_now(family, target, int8, request, con
         assert table[name] >= sum(table[child] for child in children) * (1 - 1e-9) >= 0
     blocks = {"dit": "transformer_blocks", "flux": "single_transformer_blocks"}[family]
     assert 0 < table[blocks] < table[""]
+
+
+@pytest.mark.slow
+def test_masks_that_one_prompt_does_not_need_are_filled_in(context, tmp_path):
+    generator = Generator(make("qwen"))
+    given = context(generator, "openvino", count=2)
+    session, inputs = open_denoiser(
+        generator, ExportConfig(target="openvino"), tmp_path, plan=given.plan, conditions=given.conditions
+    )
+    assert "encoder_hidden_states_mask" in session.inputs
+    assert latency_table(profile(session, inputs, rounds=1), [""])[""] > 0
 
 
 def test_the_ratio_of_two_engines_is_of_calls_in_turns():

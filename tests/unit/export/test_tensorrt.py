@@ -21,6 +21,7 @@ from tensorrt_fake import API, FakeTensorRT, Memory
 
 from diffpress.errors import EngineError, InfrastructureError, MissingDependencyError
 from diffpress.export import tensorrt as ours
+from diffpress.export.modules import EngineModule
 
 # --- a tensorrt that knows only what the reference knows --------------------------------------------------------------
 
@@ -173,6 +174,17 @@ def test_build_options(fake, model, tmp_path):
     ours.build(model, tmp_path / "m.engine", profiles={"x": RANGE}, version_compatible=True, workspace=1 << 30)
     assert fake.arguments("IBuilderConfig.set_flag") == [(fake.BuilderFlag.VERSION_COMPATIBLE,)]
     assert fake.arguments("IBuilderConfig.set_memory_pool_limit") == [(fake.MemoryPoolType.WORKSPACE, 1 << 30)]
+
+
+def test_an_engine_is_built_on_the_device_that_runs_it(fake, model, tmp_path, monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    for device in (None, ("cuda:1",)):
+        ours.build(model, tmp_path / "m.engine", profiles={"x": RANGE}, device=device)
+    assert entered == [torch.device("cuda:0"), torch.device("cuda:1")]
+    session = ours.TensorRTSession(tmp_path / "m.engine", providers=["cuda:1"])
+    assert EngineModule(session, {}).device == torch.device("cuda:1")
 
 
 def test_a_static_network_gets_no_profile(fake, model, tmp_path):
