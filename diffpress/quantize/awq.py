@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpress.layer_inputs import pre_hooks
+from diffpress.quantize.calibrate import observing
 from diffpress.quantize.folds import Fold, apply_fold, divide_affine, divide_rows
+from diffpress.quantize.online import matches
 from diffpress.quantize.streams import Rows
 from diffpress.quantize.weight_only import Form, group_codes
 
@@ -31,7 +31,7 @@ def watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Rows]]:
         rows = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.flatten()
         seen.setdefault(name, Rows(MAX_ROWS)).update(rows)
 
-    with pre_hooks(layers, see):
+    with observing(layers, see):
         yield seen
 
 
@@ -91,7 +91,7 @@ def clip_ratios(weight: Tensor, x: Tensor, form: Form) -> Tensor:
 @torch.no_grad()
 def best_clip(name: str, layer: nn.Linear, x: Tensor, form: Form) -> Tensor | float:
     """`clip_ratios` where they lower the layer's whole error, else 1; 1 for queries and keys."""
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in UNCLIPPED):
+    if matches(name, UNCLIPPED):
         return 1.0
     ratios = clip_ratios(layer.weight, x, form)
     clipped, nearest = (
@@ -101,8 +101,12 @@ def best_clip(name: str, layer: nn.Linear, x: Tensor, form: Form) -> Tensor | fl
     return ratios if clipped < nearest else 1.0
 
 
-def balance(folds: Sequence[Fold], layers: dict[str, Any], seen: dict[str, Rows], form: Form) -> None:
-    """Fold the best scales of every fold whose consumers are all among ``layers``; rows that were seen follow."""
+def balance(folds: Sequence[Fold], layers: dict[str, Any], seen: dict[str, Rows], form: Form) -> int:
+    """Fold the best scales of every fold whose consumers are all among ``layers``; rows that were seen follow.
+
+    Returns how many folds these are.
+    """
+    count = 0
     names = {id(layer): name for name, layer in layers.items() if name in seen and isinstance(layer, nn.Linear)}
     for fold in folds:
         if not all(id(consumer) in names for consumer in fold.consumers):
@@ -113,18 +117,25 @@ def balance(folds: Sequence[Fold], layers: dict[str, Any], seen: dict[str, Rows]
         apply_fold(fold, s)
         for x in rows:
             x.values = x.values / s
+        count += 1
+    return count
 
 
 def find_text_folds(model: nn.Module) -> list[Fold]:
-    """Whole folds in the blocks of transformers' CLIP and T5 text encoders, found by their parts, as they run."""
+    """Whole folds in the blocks of transformers' text encoders, found by their parts, as they run.
+
+    CLIP, T5, and language models of Llama's layout: Qwen, Gemma, Mistral.
+    """
     folds: list[Fold] = []
     for name, module in model.named_modules():
         parts = dict(module.named_children())
         if {"self_attn", "layer_norm1", "mlp", "layer_norm2"} <= parts.keys():
             folds += _clip_folds(name, module)
+        elif {"self_attn", "input_layernorm", "mlp", "post_attention_layernorm"} <= parts.keys():
+            folds += _llama_folds(name, module)
         elif {"SelfAttention", "layer_norm"} <= parts.keys():
             attention, norm = parts["SelfAttention"], parts["layer_norm"]
-            folds.append(_fold(f"{name}.norm", _divide_norm, norm, attention.q, attention.k, attention.v))
+            folds += _gain_folds(f"{name}.norm", norm, attention.q, attention.k, attention.v)
             folds.append(_fold(f"{name}.o", divide_rows, attention.v, attention.o))
         elif {"DenseReluDense", "layer_norm"} <= parts.keys():
             dense, norm = parts["DenseReluDense"], parts["layer_norm"]
@@ -144,13 +155,41 @@ def _clip_folds(name: str, block: Any) -> Iterator[Fold]:
     yield _fold(f"{name}.layer_norm2", divide_affine, block.layer_norm2, block.mlp.fc1)
 
 
+def _llama_folds(name: str, block: Any) -> Iterator[Fold]:
+    """Gemma 2 and 3 have one norm more, before the MLP: the one called after attention is of its output there."""
+    attention, mlp = block.self_attn, block.mlp
+    if all(hasattr(attention, part) for part in ("q_proj", "k_proj", "v_proj", "o_proj")):
+        queries = (attention.q_proj, attention.k_proj, attention.v_proj)
+        yield from _gain_folds(f"{name}.input_layernorm", block.input_layernorm, *queries)
+        grouped = attention.v_proj.weight.shape[0] != attention.o_proj.weight.shape[1]  # queries share values
+        if not grouped:
+            yield _fold(f"{name}.o_proj", divide_rows, attention.v_proj, attention.o_proj)
+    if all(hasattr(mlp, part) for part in ("gate_proj", "up_proj", "down_proj")):
+        norm = getattr(block, "pre_feedforward_layernorm", block.post_attention_layernorm)
+        yield from _gain_folds(f"{name}.mlp_norm", norm, mlp.gate_proj, mlp.up_proj)
+        yield _fold(f"{name}.down_proj", divide_rows, mlp.up_proj, mlp.down_proj)
+
+
+@torch.no_grad()
+def _gain_folds(name: str, norm: Any, *consumers: Any) -> Iterator[Fold]:
+    """None for a norm that multiplies by something else than its weight or, as Gemma's, 1 + weight.
+
+    A row of ones shows which: its root mean square is 1.
+    """
+    gain = norm(torch.ones_like(norm.weight)[None])[0]
+    for one in (0.0, 1.0):
+        if torch.allclose(gain, norm.weight + one, rtol=1e-4, atol=1e-5):
+            yield _fold(name, partial(_divide_gain, one=one), norm, *consumers)
+            return
+
+
+def _divide_gain(norm: Any, r: Tensor, *, one: float) -> None:
+    """(one + w) / r - one."""
+    norm.weight.add_(one).div_(r).sub_(one)
+
+
 def _t5_feed_forward(name: str, dense: Any, norm: Any) -> Iterator[Fold]:
     gated = hasattr(dense, "wi_1")
-    yield _fold(f"{name}.norm", _divide_norm, norm, *((dense.wi_0, dense.wi_1) if gated else (dense.wi,)))
+    yield from _gain_folds(f"{name}.norm", norm, *((dense.wi_0, dense.wi_1) if gated else (dense.wi,)))
     if gated:
         yield _fold(f"{name}.wo", divide_rows, dense.wi_1, dense.wo)
-
-
-def _divide_norm(norm: Any, r: Tensor) -> None:
-    """T5's norm has no bias."""
-    norm.weight.div_(r)

@@ -207,13 +207,14 @@ def _only(block: nn.Module, roundings: Sequence[Rounding]) -> Iterator[nn.Module
 
 
 def squared_error(block: nn.Module, example: Example, device: torch.device | str) -> Tensor:
-    """Sum over a block's outputs y of ||f - y||^2 / ||y||^2: a scalar."""
+    """Sum over a block's outputs y of ||f - y||^2 / ||y||^2, 0 where f and y are both 0: a scalar."""
     args, kwargs, exact = pytree.tree_map_only(
         Tensor, lambda x: x.to(device), (example.args, example.kwargs, example.outputs)
     )
     found = _tensors(block(*args, **kwargs))
-    pairs = zip(found, exact, strict=True)
-    return torch.stack([(a.float() - b.float()).square().sum() / b.float().square().sum() for a, b in pairs]).sum()
+    pairs = [(a.float(), b.float()) for a, b in zip(found, exact, strict=True)]
+    least = torch.finfo(torch.float32).tiny
+    return torch.stack([(a - b).square().sum() / b.square().sum().clamp(min=least) for a, b in pairs]).sum()
 
 
 @torch.no_grad()

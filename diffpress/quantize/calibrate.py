@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -21,17 +22,43 @@ FOLD_TOLERANCE = 1e-3  # float32 in another order of operations
 
 
 def check_float32(method: str, network: nn.Module) -> None:
-    """Raise ConfigError that names ``method`` for a network with weights in another type than float32."""
+    """Raise ConfigError that names ``method`` for a network whose weights are not all float32, or not all finite."""
     found = {weight.dtype for weight in network.parameters() if weight.is_floating_point()} - {torch.float32}
     if found:
         kinds = ", ".join(sorted(str(dtype) for dtype in found))
         raise ConfigError(f"{method}: {type(network).__name__} has weights in {kinds}; allowed: torch.float32")
+    for name, weight in network.named_parameters():
+        value = not_finite(weight)
+        if value is not None:
+            raise ConfigError(f"{method}: {name} of {type(network).__name__} has {value}; allowed: finite weights")
+
+
+def not_finite(x: Tensor) -> float | None:
+    """A value of ``x`` that is NaN or infinite; None when all are finite."""
+    if not x.is_floating_point() or isfinite(float(x.detach().sum())):  # a sum is quick, and hides none
+        return None
+    values = x.detach()[~x.isfinite()]
+    return float(values[0]) if len(values) else None
+
+
+@contextmanager
+def observing(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """`pre_hooks` for calibration: raises ConfigError for a layer whose input is not finite."""
+
+    def check(name: str, x: Tensor) -> None:
+        value = not_finite(x)
+        if value is not None:
+            raise ConfigError(f"calibration: the input of {name} has {value}; allowed: finite values")
+        see(name, x)
+
+    with pre_hooks(layers, check):
+        yield
 
 
 def observe_ranges(layers: Mapping[str, nn.Module], generator: Generator, context: Context) -> dict[str, Histogram]:
-    """Histograms of the layers' inputs over all calibration runs; FloatingPointError when a value is not finite."""
+    """Histograms of the layers' inputs over all calibration runs; ConfigError when a value is not finite."""
     histograms = {name: Histogram() for name in layers}
-    with pre_hooks(layers, lambda name, x: histograms[name].update(x)):
+    with observing(layers, lambda name, x: histograms[name].update(x)):
         context.run(generator, "Calibrating: observing activations")
     return histograms
 

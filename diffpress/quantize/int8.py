@@ -17,12 +17,12 @@ from diffpress.quantize.adaround import AdaRoundSettings
 from diffpress.quantize.budgeted import decide_precisions, decided_together, decision_facts, find_candidates
 from diffpress.quantize.calibrate import check_float32, layer_errors
 from diffpress.quantize.choice import Decision, Kind, Precision
-from diffpress.quantize.modules import Activation, QuantizedLayer, keep_float, quantized, zero_padded
+from diffpress.quantize.modules import Activation, QuantizedLayer, keep_float, quantized, replace_layers, zero_padded
 from diffpress.quantize.moments import shared_inputs
 from diffpress.quantize.observers import Observer
 from diffpress.quantize.online import matches
 from diffpress.quantize.sensitivity import output_error
-from diffpress.quantize.split import find_splits, split
+from diffpress.quantize.split import find_splits, join_biases, split
 from diffpress.quantize.twins import make_twins, reached_layers, static_activations
 from diffpress.stage import Applied, Context
 from diffpress.targets import REDUCED_RANGE, TARGETS, Target
@@ -41,6 +41,7 @@ SENSITIVE = (
     "*modulation*",
     "distilled_guidance_layer*",
     "*caption_projection*",
+    "encoder_hid_proj*",
     "conv_in*",
     "conv_out*",
     "proj_out*",
@@ -207,12 +208,7 @@ class Int8:
             split(denoiser, splits)
             layers = self.layers(denoiser, context.target)
         leaders = shared_inputs(generator, layers, context)
-        try:
-            twins = self._twins(generator, layers, leaders, context)
-        except FloatingPointError as error:
-            raise ConfigError(
-                f"quantize.int8: {error}: the generator cannot be calibrated in {denoiser.dtype}"
-            ) from error
+        twins = self._twins(generator, layers, leaders, context)
         candidates = find_candidates(generator, twins, context, self.config.calls_measured)
         in_context = candidates.errors(generator, context.progress)
         names, decision = list(twins[self.config.activations]), None
@@ -222,8 +218,8 @@ class Int8:
             decision, precisions = decide_precisions(generator, candidates, in_context, groups, context, budget)
         shown = candidates.shown(precisions)
         alone = layer_errors(generator, {name: layers[name] for name in names}, candidates.picked(shown), context)
-        for name, twin in candidates.picked(precisions).items():
-            denoiser.set_submodule(name, twin)
+        replace_layers(denoiser, {layers[name]: twin for name, twin in candidates.picked(precisions).items()})
+        join_biases(denoiser)
         _keep_float(denoiser, precisions)
         metadata = {
             "target": context.target.name,
@@ -261,12 +257,14 @@ class Int8:
         """Put empty 8-bit layers where they were."""
         target = TARGETS[metadata["target"]]
         split(generator.denoiser, metadata["splits"])
+        twins: dict[nn.Module, nn.Module] = {}
         for name, kind in metadata["layers"].items():
             layer = generator.denoiser.get_submodule(name)
             if _describe(layer) != kind:
                 raise ConfigError(f"quantize.int8: layer {name} is {_describe(layer)}, but the artifact has {kind}")
             activation = Activation(target, dynamic=metadata["precision"][name] == "dynamic")
-            generator.denoiser.set_submodule(name, quantized(layer, activation))
+            twins[layer] = quantized(layer, activation)
+        replace_layers(generator.denoiser, twins)
         _keep_float(generator.denoiser, metadata["precision"])
 
 

@@ -6,6 +6,7 @@ as int8; a Linear keeps them as [in, out], so that the exported MatMul reads the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +207,14 @@ class QuantizedConv2d(QuantizedLayer):
         inputs = self.activation.export(x) if exporting else self.activation(x)
         weight = self._export_weight() if exporting else self.dequantized().to(x.dtype)
         return F.conv2d(inputs, weight, self.bias, **self.geometry)
+
+
+def replace_layers(network: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> dict[str, nn.Module]:
+    """Put each twin in every place where its layer is, for tied layers have several; what was there, by place."""
+    before = {name: module for name, module in network.named_modules(remove_duplicate=False) if module in twins}
+    for name, layer in before.items():
+        network.set_submodule(name, twins[layer])
+    return before
 
 
 def keep_float(layer: nn.Module) -> None:

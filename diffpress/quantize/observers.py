@@ -33,7 +33,7 @@ class Histogram:
         flat = x.detach().float().flatten()
         low, high = (float(value) for value in torch.aminmax(flat))
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise FloatingPointError("an activation is not finite")
+            raise FloatingPointError(f"a value is not finite: they lie from {low} to {high}")
         self.low, self.high = min(self.low, low), max(self.high, high)
         extent = max(abs(low), abs(high))
         if self.limit == 0:
@@ -82,11 +82,18 @@ def choose_range(
 
 
 def _percentile_range(histogram: Histogram, percentile: float) -> tuple[float, float]:
-    cumulative = np.cumsum(histogram.counts) / histogram.counts.sum()
     tail = 1 - percentile / 100
-    low = histogram.centers[np.searchsorted(cumulative, tail)]
-    high = histogram.centers[min(BINS - 1, int(np.searchsorted(cumulative, 1 - tail)))]
-    return max(histogram.low, min(0.0, float(low))), min(histogram.high, max(0.0, float(high)))
+    low, high = (_quantile(histogram, share) for share in (tail, 1 - tail))
+    return max(histogram.low, min(0.0, low)), min(histogram.high, max(0.0, high))
+
+
+def _quantile(histogram: Histogram, share: float) -> float:
+    """Below which this share of the counts lies, those of a bin spread evenly over it."""
+    cumulative = np.cumsum(histogram.counts) / histogram.counts.sum()
+    index = min(BINS - 1, int(np.searchsorted(cumulative, share)))
+    before = cumulative[index - 1] if index else 0.0
+    inside = min(1.0, (share - before) / max(cumulative[index] - before, np.finfo(float).tiny))
+    return float((index + inside) * (2 * histogram.limit / BINS) - histogram.limit)
 
 
 def _mse_range(histogram: Histogram, symmetric: bool) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffpress.generator import Generator
 from diffpress.quantize.folds import Fold
+from diffpress.quantize.modules import replace_layers
 from diffpress.quantize.moments import shared_inputs
 from diffpress.quantize.scaled import LAYER, Scaled
 from diffpress.stage import Context
@@ -32,10 +33,11 @@ def scaled_layers(denoiser: nn.Module) -> list[str]:
 
 def put_behind(denoiser: nn.Module, names: Sequence[str], factor: Tensor | None = None) -> None:
     """Replace each named layer by itself behind ``factor`` [channels], ones where it is None; weights stay."""
+    scaled: dict[nn.Module, nn.Module] = {}
     for name in names:
         layer: Any = denoiser.get_submodule(name)
-        ones = torch.ones(layer.weight.shape[1])
-        denoiser.set_submodule(name, Scaled(layer, ones if factor is None else factor))
+        scaled[layer] = Scaled(layer, torch.ones(layer.weight.shape[1]) if factor is None else factor)
+    replace_layers(denoiser, scaled)
 
 
 def find_online(

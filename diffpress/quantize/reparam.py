@@ -45,11 +45,12 @@ def channel_steps(low: Tensor, high: Tensor, code_low: int) -> tuple[Tensor, Ten
 
 
 def reparameterize(step: Tensor, zero: Tensor, *, symmetric: bool = False) -> tuple[Tensor, Tensor, float, int]:
-    """R = s / s~, b = s~ (z~ - z), s~ = mean(s), z~ = round(mean(z)) or, symmetric, 0: x' = x / r - b has s~ and z~.
+    """R = s / s~, b = s~ (z~ - z), s~ = mean(s), z~ = mean(z), whole and on the codes: x' = x / r - b has s~ and z~.
 
-    Integer codes agree: round(x' / s~) + z~ = round(x / s) + z. s, z: [channels]; returns (r, b, s~, z~).
+    Symmetric: z~ = 0. Any z~ is exact, round(x' / s~) + z~ = round(x / s) + z; off the codes 0..255 the common range
+    would not hold zero, and be widened until it does. s, z: [channels]; returns (r, b, s~, z~).
     """
-    common, code = float(step.mean()), 0 if symmetric else round(float(zero.mean()))
+    common, code = float(step.mean()), 0 if symmetric else min(max(round(float(zero.mean())), 0), LEVELS)
     return step / common, common * (code - zero), common, code
 
 
@@ -96,15 +97,15 @@ class Reparam:
         rows = {fold.name: Rows() for fold in folds}
         accumulators: dict[str, tuple[Accumulator, ...]] = {name: (extremes[name], rows[name]) for name in extremes}
         observe_folds(folds, accumulators, generator, context, "Reparameterizing: observing activations")
-        shifted = []
+        reached, shifted = [fold for fold in folds if len(rows[fold.name].values)], []
         with same_function("quantize.reparam", generator, context):
-            for fold in folds:
+            for fold in reached:
                 r, b = self._transform(fold, extremes[fold.name], rows[fold.name].values, context.target)
                 apply_fold(fold, r, b)
                 if b is not None:
                     shifted.append(fold.name)
-        names = [fold.name for fold in folds]
-        summary = f"channels of {len(folds)} tensors on one range each, {len(shifted)} of them shifted, folded exactly"
+        names = [fold.name for fold in reached]
+        summary = f"channels of {len(names)} tensors on one range each, {len(shifted)} of them shifted, folded exactly"
         return Applied(generator, {"folds": names, "shifted": shifted}, summary)
 
     def _transform(self, fold: Fold, seen: Extremes, x: Tensor, target: Target) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from torch import nn
 from diffpress.generator import Call, Generator
 from diffpress.progress import Progress
 from diffpress.quantize.calibrate import SENSITIVITY_SAMPLES
+from diffpress.quantize.modules import replace_layers
 from diffpress.recorded import mean_error, record
 from diffpress.stage import Context
 
@@ -25,10 +26,8 @@ def probe_calls(generator: Generator, context: Context, count: int) -> list[Call
 
 @contextmanager
 def swapped(network: nn.Module, twins: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside the block ``network`` has the ``twins`` in the places of the submodules of these names."""
-    before = {name: network.get_submodule(name) for name in twins}
-    for name, twin in twins.items():
-        network.set_submodule(name, twin)
+    """Inside the block ``network`` has the ``twins`` in the places of the submodules of these names, tied ones too."""
+    before = replace_layers(network, {network.get_submodule(name): twin for name, twin in twins.items()})
     try:
         yield
     finally:

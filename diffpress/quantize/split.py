@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffpress.generator import Generator
 from diffpress.layer_inputs import pre_hooks
+from diffpress.quantize.modules import replace_layers
 from diffpress.stage import Context
 
 
@@ -88,7 +89,26 @@ def find_splits(generator: Generator, layers: dict[str, nn.Module], context: Con
 
 def split(denoiser: nn.Module, splits: dict[str, int]) -> None:
     """Replace each named convolution by its two halves: the same function."""
+    halves: dict[nn.Module, nn.Module] = {}
     for name, boundary in splits.items():
         layer = denoiser.get_submodule(name)
         assert isinstance(layer, nn.Conv2d)
-        denoiser.set_submodule(name, SplitConv2d(layer, boundary))
+        halves[layer] = SplitConv2d(layer, boundary)
+    replace_layers(denoiser, halves)
+
+
+def takes_bias(denoiser: nn.Module, name: str) -> bool:
+    """Whether the layer has a bias, or is the second half of a split whose first has one."""
+    above = denoiser.get_submodule(name.rpartition(".")[0])
+    owner: Any = above.first if isinstance(above, SplitConv2d) else denoiser.get_submodule(name)
+    return owner.bias is not None
+
+
+@torch.no_grad()
+def join_biases(denoiser: nn.Module) -> None:
+    """Add the bias that a second half has been given to the first half's, and take it away."""
+    for halves in denoiser.modules():
+        if isinstance(halves, SplitConv2d) and halves.second.bias is not None:
+            first: Any = halves.first
+            first.bias += halves.second.bias
+            halves.second.bias = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffpress.generator import Generator
-from diffpress.layer_inputs import pre_hooks
+from diffpress.quantize.calibrate import observing
 from diffpress.quantize.folds import Fold
 from diffpress.stage import Context
 
@@ -82,12 +82,13 @@ def observe_folds(
 ) -> None:
     """Run the calibration once and show the rows of each fold's tensor to its accumulators, by the fold's name."""
     channels = {fold.name: fold.channels for fold in folds}
+    names = {module: name for name, module in generator.denoiser.named_modules()}
+    reads = {names[layer]: fold.name for fold in folds for layer in fold.consumers[: fold.parts]}
 
     def see(name: str, x: Tensor) -> None:
-        rows = as_rows(x, channels[name])
-        for accumulator in accumulators[name]:
+        rows = as_rows(x, channels[reads[name]])
+        for accumulator in accumulators[reads[name]]:
             accumulator.update(rows)
 
-    readers = {f"{fold.name}/{part}": fold.consumers[part] for fold in folds for part in range(fold.parts)}
-    with pre_hooks(readers, lambda name, x: see(name.rpartition("/")[0], x)):
+    with observing({name: generator.denoiser.get_submodule(name) for name in reads}, see):
         context.run(generator, label)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from diffpress.generator import Generator
-from diffpress.layer_inputs import pre_hooks, summable
+from diffpress.layer_inputs import summable
 from diffpress.quantize.adaround import Workshop, adaround_codes, best_rows
 from diffpress.quantize.blocks import reconstruct_blocks
-from diffpress.quantize.calibrate import observe_ranges
+from diffpress.quantize.calibrate import observe_ranges, observing
 from diffpress.quantize.modules import Activation, QuantizedLayer, Rounded, quantized, rounded_to_nearest, weight_codes
 from diffpress.quantize.moments import Moments, collect_moments
 from diffpress.quantize.observers import choose_range
 from diffpress.quantize.rounding import gptq_codes, mean_error, refit_weight
+from diffpress.quantize.split import takes_bias
 from diffpress.recorded import record
 from diffpress.stage import Context
 
@@ -39,8 +40,7 @@ def static_activations(
 ) -> dict[str, Activation]:
     """A quantizer with a fixed range for each layer's input; none for a layer that was not reached.
 
-    ``leaders`` names for each layer the one whose input it shares. Raises FloatingPointError when a value is not
-    finite.
+    ``leaders`` names for each layer the one whose input it shares. Raises ConfigError when a value is not finite.
     """
     histograms = observe_ranges({name: layers[name] for name in set(leaders.values())}, generator, context)
     activations = {}
@@ -66,7 +66,7 @@ def reached_layers(generator: Generator, layers: Layers, context: Context) -> di
             found.add(name)
 
     first = dataclasses.replace(context, conditions=context.conditions[:1], seeds=context.seeds[:1])
-    with pre_hooks(layers, see):
+    with observing(layers, see):
         first.run(generator, "Calibrating: which layers are reached")
     for name in layers.keys() - found:
         logger.warning(_NOT_REACHED, name)
@@ -120,39 +120,54 @@ def _rounded(
     limit: int,
 ) -> dict[str, Rounded]:
     """Weights rounded with the moments of their inputs, for the layers that are not too wide for that."""
-    summed = {name: leaders[name] for name, layer in layers.items() if summable(layer)}
+    summed = [name for name, layer in layers.items() if summable(layer)]
     if len(summed) < len(layers):
-        logger.info("quantize.int8: rounded to nearest: %s", ", ".join(layers.keys() - summed))
-    first = {leader: layers[leader] for leader in summed.values()}
+        logger.info("quantize.int8: rounded to nearest: %s", ", ".join(layers.keys() - set(summed)))
+    alike: dict[Any, str] = {}  # the first of the layers that make the same rows of the same tensor
+    shared = {name: alike.setdefault((leaders[name], _geometry(layers[name])), name) for name in summed}
+    first = {name: layers[name] for name in alike.values()}
     workshop = _workshop(context, _kind(activations)) if config.rounding == "adaround" else None
     rounded = {}
     for moments in collect_moments(first, activations, generator, context, cross=config.refit):
-        for name, leader in summed.items():
-            if leader in moments:
+        for name, reader in shared.items():
+            if reader in moments:
                 codes_of = partial(_codes, config=config, workshop=workshop, name=name, limit=limit)
-                rounded[name] = _round(layers[name], moments[leader], config, limit, codes_of)
+                corrected = config.bias_correction and takes_bias(generator.denoiser, name)
+                rounded[name] = _round(
+                    layers[name], moments[reader], limit, codes_of, refit=config.refit, corrected=corrected
+                )
     return rounded
+
+
+def _geometry(layer: nn.Module) -> tuple[Any, ...]:
+    """What rows it makes of its input: all None for a Linear."""
+    return tuple(getattr(layer, field, None) for field in ("kernel_size", "stride", "padding", "dilation"))
 
 
 def _round(
     layer: Any,
     moments: Moments,
-    config: Int8Config,
     limit: int,
     codes_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    *,
+    refit: bool,
+    corrected: bool,
 ) -> Rounded:
-    """Codes, scales and bias of one layer from the moments of its quantized inputs."""
-    corrected = config.bias_correction and layer.bias is not None
+    """Codes, scales and bias of one layer from the moments of its quantized inputs.
+
+    ``corrected``: the bias takes the mean error; a layer without one is given one for it.
+    """
     exact = layer.weight.detach().float().flatten(1)  # [out, columns]
     weight = exact
     gram = moments.gram(centered=corrected)
-    if config.refit:
+    if refit:
         weight = refit_weight(weight, gram, moments.cross(centered=corrected))
     nearest, scale = weight_codes(weight, axis=0, limit=limit)
     codes = codes_of(weight, nearest, gram, scale)
     bias = layer.bias
     if corrected:
-        bias = bias + mean_error(exact, codes * scale[:, None], moments.mean_x, moments.mean_q)
+        error = mean_error(exact, codes * scale[:, None], moments.mean_x, moments.mean_q)
+        bias = error if bias is None else bias + error
     return Rounded(codes.reshape(layer.weight.shape), scale, bias)
 
 

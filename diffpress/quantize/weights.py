@@ -17,7 +17,7 @@ from diffpress.layer_inputs import summable
 from diffpress.quantize.awq import balance, best_clip, find_text_folds, relative_error, watching
 from diffpress.quantize.calibrate import check_float32, same_function
 from diffpress.quantize.folds import find_folds
-from diffpress.quantize.modules import QuantizedLayer, kept_float
+from diffpress.quantize.modules import QuantizedLayer, kept_float, replace_layers
 from diffpress.quantize.moments import collect_moments, shared_inputs
 from diffpress.quantize.online import matches
 from diffpress.quantize.rounding import gptq_codes
@@ -41,8 +41,10 @@ GROUPS: dict[str, dict[int, tuple[int, ...]]] = {  # what each run-time reads, b
     "openvino": {8: (32, 64, 128), 4: (32, 64, 128)},
     "tensorrt": {8: (), 4: (64, 128)},
 }
-LAST = ("proj_out*",)  # little to save, and its error goes straight to the output
+# Little to save, and its error goes straight to the output; of most denoisers, Lumina 2, Z-Image, and CLIP.
+LAST = ("proj_out*", "norm_out.linear_2", "all_final_layer.*", "text_projection")
 _CODED = (QuantizedLayer, WeightOnlyLinear, WeightOnlyEmbedding)
+_NOTHING_SCALED = "quantize.weights: awq found no channels to scale in %s: no norm or projection before could take it"
 TEXT_STEPS = 2  # a text encoder sees the same prompts whatever the schedule
 
 
@@ -140,14 +142,18 @@ class Weights:
         context = self._calibrated_by(context)
         with watching(chosen) as seen:
             context.run(generator, "Calibrating: observing inputs")
+        scaled = ""
         if self.config.awq:
             with same_function("quantize.weights", generator, context):
-                balance([*find_folds(component), *find_text_folds(component)], chosen, seen, form)
+                count = balance([*find_folds(component), *find_text_folds(component)], chosen, seen, form)
+            scaled = f", channels of {count} tensors scaled before"
+            if not count:
+                logger.warning(_NOTHING_SCALED, type(component).__name__)
         errors: dict[str, float] = {}
         for name, twin in self._twins(generator, chosen, form, seen, context):
             if name in seen:
                 errors[name] = relative_error(twin, chosen[name], seen[name])
-            replace(component, chosen[name], twin)
+            replace_layers(component, {chosen[name]: twin})
         metadata = {
             "target": context.target.name,
             "component": self.config.component,
@@ -157,7 +163,9 @@ class Weights:
             "sensitivity": {name: errors[name] for name in chosen if name in errors},
         }
         saved = f"{before / 2**20:.1f} to {_bytes(component) / 2**20:.1f} MiB"
-        summary = f"weights of {len(chosen)} layers in {self.config.bits} bits, {self.config.component} from {saved}"
+        summary = (
+            f"weights of {len(chosen)} layers in {self.config.bits} bits{scaled}, {self.config.component} from {saved}"
+        )
         return Applied(generator, metadata, summary, self.config.component)
 
     def _calibrated_by(self, context: Context) -> Context:
@@ -219,7 +227,7 @@ class Weights:
                 raise ConfigError(
                     f"quantize.weights: layer {name} is {list(layer.weight.shape)}, but the artifact has {shape}"
                 )
-            replace(component, layer, weight_only(layer, form))
+            replace_layers(component, {layer: weight_only(layer, form)})
 
 
 def _grams(
@@ -234,13 +242,6 @@ def _grams(
             for name in names:
                 yield name, moments[leaders[name]].gram(centered=False)
                 advance(1)
-
-
-def replace(component: nn.Module, layer: nn.Module, twin: nn.Module) -> None:
-    """Put ``twin`` in every place where ``layer`` is: tied embeddings have several."""
-    places = [name for name, module in component.named_modules(remove_duplicate=False) if module is layer]
-    for name in places:
-        component.set_submodule(name, twin)
 
 
 def _quantizable(module: nn.Module) -> bool:

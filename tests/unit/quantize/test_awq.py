@@ -3,7 +3,18 @@
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    MistralConfig,
+    MistralModel,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from diffpress.quantize.awq import (
     EXPONENTS,
@@ -94,9 +105,11 @@ def test_selected_clip_is_never_worse(outliers):
     for form in (FOUR, Form("tensorrt", 4, 64), Form("tensorrt", 8, None)):
         chosen = dequantized(weight, form, clip=best_clip("net.ff", layer, x, form))
         assert output_error(weight, chosen, x) <= output_error(weight, dequantized(weight, form), x)
-    for name in ("blocks.0.attn.to_q", "layers.1.self_attn.k_proj", "block.0.SelfAttention.q"):
+    unclipped = ("blocks.0.attn.to_q", "layers.1.self_attn.k_proj", "block.0.SelfAttention.q", "0.attn2.to_k.layer")
+    for name in unclipped:  # the last is behind a factor
         assert best_clip(name, layer, x, FOUR) == 1.0, UNCLIPPED
-    assert isinstance(best_clip("blocks.0.attn.to_v", layer, x, FOUR), torch.Tensor)
+    for name in ("blocks.0.attn.to_v", "blocks.0.attn.to_v.layer"):
+        assert isinstance(best_clip(name, layer, x, FOUR), torch.Tensor)
 
 
 def test_indices_are_watched_as_they_are():
@@ -122,15 +135,51 @@ def make_t5(gated):
     return T5EncoderModel(T5Config(**sizes, feed_forward_proj=kind)).eval()
 
 
+def make_language_model(name, *, values):
+    """Two layers of four heads; queries share ``values`` heads of keys and values."""
+    torch.manual_seed(0)
+    kind, config = {
+        "qwen2": (Qwen2Model, Qwen2Config),
+        "qwen3": (Qwen3Model, Qwen3Config),
+        "gemma2": (Gemma2Model, Gemma2Config),
+        "mistral": (MistralModel, MistralConfig),
+    }[name]
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    model = kind(config(**sizes, num_attention_heads=4, num_key_value_heads=values, pad_token_id=0)).eval()
+    with torch.no_grad():
+        for layer, weight in ((n, p) for n, p in model.named_parameters() if p.ndim == 1):
+            weight.add_(0.3 * random(*weight.shape, seed=len(layer)))  # norms and biases that are not all the same
+    return model
+
+
 @torch.no_grad()
 def encode(model):
     ids = torch.arange(24).reshape(2, 12)
     return model(ids).last_hidden_state
 
 
-@pytest.mark.parametrize(("kind", "count"), [("clip", 3), ("gated", 8), ("plain", 6)])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("clip", 3),
+        ("gated", 8),
+        ("plain", 6),
+        ("qwen2", 8),
+        ("qwen2 grouped", 6),
+        ("qwen3", 8),
+        ("gemma2", 8),
+        ("gemma2 grouped", 6),
+        ("mistral", 8),
+    ],
+)
 def test_text_folds_are_exact_and_half_a_fold_is_not(kind, count, sd, relative):
-    model = sd.pipeline.text_encoder if kind == "clip" else make_t5(kind == "gated")
+    if kind == "clip":
+        model = sd.pipeline.text_encoder
+    elif kind in ("gated", "plain"):
+        model = make_t5(kind == "gated")
+    else:
+        name, _, grouped = kind.partition(" ")
+        model = make_language_model(name, values=2 if grouped else 4)
     folds, before = find_text_folds(model), encode(model)
     assert len(folds) == count
     for seed, fold in enumerate(folds):
@@ -139,6 +188,22 @@ def test_text_folds_are_exact_and_half_a_fold_is_not(kind, count, sd, relative):
     with torch.no_grad():
         folds[-1].divide(torch.full((folds[-1].consumers[0].weight.shape[1],), 2.0))
     assert relative(encode(model), before) > 10 * EXACT
+
+
+def test_norms_that_multiply_by_something_else_take_no_scales():
+    class Squared(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            return x * self.weight**2
+
+    model = make_language_model("qwen2", values=4)
+    for layer in model.layers:
+        layer.input_layernorm = Squared(layer.input_layernorm.weight)
+    names = {fold.name for fold in find_text_folds(model)}
+    assert names == {f"layers.{n}.{part}" for n in (0, 1) for part in ("o_proj", "mlp_norm", "down_proj")}
 
 
 def test_denoisers_have_no_text_folds(dit, sd):
@@ -160,7 +225,7 @@ def test_balancing_keeps_the_function_and_lowers_the_error(bits, relative):
         with watching(layers) as seen:
             encode(model)
         if balanced:
-            balance(find_text_folds(model), layers, seen, form)
+            assert balance(find_text_folds(model), layers, seen, form) == 8
             assert relative(encode(model), before) < EXACT
             for name, layer in layers.items():  # the rows that were seen follow the fold
                 rows = seen[name].values
@@ -202,7 +267,7 @@ def test_folds_with_a_reader_that_stays_float_are_left_alone(dit):
     rows.update(random(20, 16) * torch.logspace(-2, 2, 16))
     readers = dict(zip("qkv", fold.consumers, strict=True))
     seen, form, before = dict.fromkeys("qkv", rows), Form("tensorrt", 4, 16), readers["q"].weight.detach().clone()
-    balance([fold], {"q": readers["q"]}, seen, form)
+    assert balance([fold], {"q": readers["q"]}, seen, form) == 0
     assert torch.equal(readers["q"].weight, before)
     balance([fold], readers, seen, form)
     assert not torch.equal(readers["q"].weight, before)

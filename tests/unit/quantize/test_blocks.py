@@ -140,6 +140,22 @@ def test_error_is_relative_and_of_all_outputs():
     assert squared_error(Two(), Example((x,), {}, (x, 2 * x)), "cpu") == pytest.approx(1 / 4 + 1 / 4)
 
 
+def test_outputs_of_zeros(pair, tmp_path):
+    x = torch.zeros(4)
+    assert squared_error(nn.Identity(), Example((x,), {}, (x,)), "cpu") == 0
+    assert squared_error(nn.Identity(), Example((x + 1e-10,), {}, (x,)), "cpu") > 1  # control
+    block, examples = pair(0)
+    for parameter in block.module.parameters():
+        parameter.zero_()
+    silent = [
+        Example((torch.zeros_like(example.args[0]),), {}, (torch.zeros_like(example.args[0]),)) for example in examples
+    ]
+    twins = {name: quantized(layer, block.twins[name].activation) for name, layer in block.layers.items()}
+    dead = Block(block.network, block.name, block.layers, twins)
+    found = train_block(dead, silent, settings=QUICK, workshop=Workshop(tmp_path, 0, SILENT))
+    assert all(found[name] is twin for name, twin in twins.items())
+
+
 def test_blocks_of_families(dit, sd, context):
     def blocks(generator, target):
         given = context(generator, target)

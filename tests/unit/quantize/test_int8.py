@@ -219,13 +219,36 @@ def test_sensitivity_is_the_error_of_one_layer_alone(dit, context):
     assert sensitivity["transformer_blocks.0.ff.net.2"] != pytest.approx(expected, rel=1e-4)
 
 
-def test_values_that_are_not_finite_end_calibration(dit, context, hooks_of):
-    with torch.no_grad():
-        dit.denoiser.transformer_blocks[0].attn1.to_v.bias[0] = float("nan")
-    with pytest.raises(ConfigError, match="an activation is not finite"):
-        Int8(Int8Config()).apply(dit, context(dit))
-    assert hooks_of(dit.denoiser) == 0
-    assert not any(isinstance(module, QuantizedLayer) for module in dit.denoiser.modules())
+def share_a_layer(generator):
+    """One Linear in both blocks."""
+    blocks = generator.denoiser.transformer_blocks
+    blocks[1].ff.net[2] = blocks[0].ff.net[2]
+    return [f"transformer_blocks.{block}.ff.net.2" for block in (0, 1)]
+
+
+def test_a_layer_in_two_places_is_quantized_in_both(dit, dit_folder, context, first_call, tmp_path):
+    first, second = share_a_layer(dit)
+    applied = Int8(Int8Config()).apply(dit, context(dit))
+    assert first in applied.metadata["layers"]
+    twin = dit.denoiser.get_submodule(first)
+    assert isinstance(twin, QuantizedLayer)
+    assert dit.denoiser.get_submodule(second) is twin
+    expected, call = first_call(dit)
+    save_weights(dit.denoiser, tmp_path / "weights.safetensors")
+    again = Generator.load(dit_folder)
+    share_a_layer(again)
+    Int8.restore(again, json.loads(json.dumps(applied.metadata)))
+    assert again.denoiser.get_submodule(second) is again.denoiser.get_submodule(first)
+    load_weights(again.denoiser, tmp_path / "weights.safetensors")
+    assert torch.equal(first_call(again, call)[0], expected)
+
+
+def test_embedded_text_of_a_unet_stays_in_float(sd):
+    sd.denoiser.encoder_hid_proj = torch.nn.Linear(16, 16)  # UNet2DConditionModel's with encoder_hid_dim
+    sd.denoiser.encoder_proj = torch.nn.Linear(16, 16)
+    found = Int8(Int8Config()).layers(sd.denoiser, ONNXRUNTIME)
+    assert "encoder_hid_proj" not in found
+    assert "encoder_proj" in found
 
 
 def test_a_layer_that_is_never_reached_is_named(dit, context, caplog):

@@ -68,6 +68,22 @@ def test_percentile_against_numpy(percentile):
     assert np.abs(np.array(other) - expected).min() > 2 * width
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("percentile", [99.0, 99.9])
+def test_percentile_beside_a_far_outlier(percentile, sign):
+    """The bins are as wide as all the rest: where in its bin a percentile lies still counts."""
+    batches = [sign * normal(1, seed=seed) for seed in range(8)]
+    for batch in batches:
+        batch[0] = sign * 3000
+    histogram, data = seen(*batches), np.concatenate(batches)
+    low, high = choose_range(histogram, "percentile", percentile=percentile)
+    assert 2 * histogram.limit / BINS > 3
+    for share in ((data < low).mean(), (data > high).mean()):
+        assert share <= (1 - percentile / 100) * 1.05
+    assert max(-low, high) < 10
+    assert (sign * data > histogram.centers[BINS // 2]).mean() > 0.01  # control: beyond the middle of that bin
+
+
 def test_whole_percentile_is_the_whole_range():
     data = np.concatenate([normal(1), normal(1, seed=1)])
     data[:2] = -30, 40  # two of more values than are counted

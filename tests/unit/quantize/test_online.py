@@ -136,6 +136,14 @@ def test_restored_to_the_bit(sd, sd_folder, context, first_call, tmp_path):
     Smooth.restore(Generator.load(sd_folder), {"alpha": {}})  # written before there was such a thing
 
 
+def test_a_layer_in_two_places_is_behind_one_factor(dit):
+    blocks = dit.denoiser.transformer_blocks
+    shared = blocks[1].ff.net[2] = blocks[0].ff.net[2]
+    put_behind(dit.denoiser, [LAST.format(0)], torch.full((64,), 2.0))
+    assert blocks[1].ff.net[2] is blocks[0].ff.net[2]
+    assert blocks[1].ff.net[2].layer is shared
+
+
 def test_layers_are_still_chosen_by_the_names_they_had(dit, context):
     lopsided(dit)
     Smooth(SmoothConfig(online=0.01)).apply(dit, context(dit))

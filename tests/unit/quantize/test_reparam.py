@@ -1,5 +1,7 @@
 """Reparameterization: the same function, the same codes as a quantizer for each channel, no outliers left."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from diffpress.errors import ConfigError
 from diffpress.generator import Generator
 from diffpress.quantize.folds import find_folds
 from diffpress.quantize.int8 import Int8, Int8Config
+from diffpress.quantize.modules import Activation
+from diffpress.quantize.observers import Histogram, choose_range
 from diffpress.quantize.reparam import (
     LEVELS,
     Reparam,
@@ -50,19 +54,48 @@ def test_steps_closed_form():
     torch.testing.assert_close(zero, torch.tensor([100.0, 0.0, -1250.0]))
     r, b, common, code = reparameterize(step, zero)
     assert common == pytest.approx(0.034 / 3)
-    assert code == -383
+    assert code == 0  # the mean, -383, is not among the codes
     torch.testing.assert_close(r, step / common)
-    torch.testing.assert_close(b, common * (-383 - zero))
+    torch.testing.assert_close(b, -common * zero)
+    assert reparameterize(step, -zero)[3] == LEVELS  # nor is 383
+    assert reparameterize(step[:2], zero[:2])[3] == 50
 
 
-def test_a_constant_channel_is_harmless():
-    x = channels()
-    x[:, 3] = 7.0
+def int8_error(x, r, b):
+    """||r (Q(x / r - b) - (x / r - b))|| / ||x||, Q a quantizer of the whole tensor, its range by squared error."""
+    target, moved = TARGETS["onnxruntime"], x / r - b
+    histogram, activation = Histogram(), Activation(target)
+    histogram.update(moved)
+    activation.set_range(*choose_range(histogram, "mse"), target)
+    return float(((activation(moved) - moved) * r).norm() / x.norm())
+
+
+@pytest.mark.parametrize("constant", [1, 6])
+@pytest.mark.parametrize("value", [3.0, -3.0])
+def test_constant_channels_are_harmless(constant, value):
+    """Their zero points are far off the codes, and so may be the mean of all, behind which a range is of no use."""
+    x = torch.randn(2048, 128, generator=torch.Generator().manual_seed(0))
+    x[:, :constant] = value
     step, zero = channel_steps(x.amin(dim=0), x.amax(dim=0), 0)
-    r, b, _, _ = reparameterize(step, zero)
+    r, b, common, code = reparameterize(step, zero)
     assert r.min() > 0
     assert b.isfinite().all()
-    assert ((x / r - b)[:, 3]).abs().max() < (x / r - b).abs().max() * 2
+    naive = int8_error(x, torch.ones(128), torch.zeros(128))
+    assert int8_error(x, r, b) < naive
+    assert abs(float(zero.mean()) - code) > 100
+    off_the_codes = common * (zero.mean().round() - zero)
+    assert int8_error(x, r, off_the_codes) > 2 * naive  # control
+
+
+def test_folds_that_calibration_does_not_reach_are_left_alone(dit, context):
+    names = {fold.name for fold in find_folds(dit.denoiser)}
+    dit.denoiser.unused = copy.deepcopy(dit.denoiser.transformer_blocks[0])
+    before = {name: value.clone() for name, value in dit.denoiser.unused.state_dict().items()}
+    assert {fold.name for fold in find_folds(dit.denoiser)} > names
+    applied = Reparam(ReparamConfig()).apply(dit, context(dit))
+    assert set(applied.metadata["folds"]) == names
+    assert f"channels of {len(names)} tensors" in applied.summary
+    assert all(torch.equal(value, before[name]) for name, value in dit.denoiser.unused.state_dict().items())
 
 
 def test_clipping_is_the_best_pair_of_ends():

@@ -95,6 +95,14 @@ def test_layers_come_back_after_an_error(dit, context):
     assert dit.denoiser.transformer_blocks[0].ff.net[2] is layer
 
 
+def test_a_layer_in_two_places_is_swapped_in_both(dit):
+    blocks, twin = dit.denoiser.transformer_blocks, nn.Identity()
+    shared = blocks[1].ff.net[2] = blocks[0].ff.net[2]
+    with swapped(dit.denoiser, {"transformer_blocks.0.ff.net.2": twin}):
+        assert blocks[0].ff.net[2] is blocks[1].ff.net[2] is twin
+    assert blocks[0].ff.net[2] is blocks[1].ff.net[2] is shared
+
+
 def test_a_twin_that_rounds_nothing_has_no_error(dit, context):
     calls = probe_calls(dit, context(dit), 1)
     same = {"transformer_blocks.0.ff.net.2": dit.denoiser.transformer_blocks[0].ff.net[2]}

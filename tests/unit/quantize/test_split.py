@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from diffpress.artifact import load_weights, save_weights
 from diffpress.export.graph import export_graph
 from diffpress.export.parity import compare
 from diffpress.export.session import OnnxRuntimeSession
+from diffpress.generator import Generator
+from diffpress.layer_inputs import pre_hooks
 from diffpress.quantize.int8 import Int8, Int8Config
 from diffpress.quantize.modules import Activation, quantized
-from diffpress.quantize.split import SplitConv2d, _Concatenations, find_splits, split
+from diffpress.quantize.split import SplitConv2d, _Concatenations, find_splits, join_biases, split, takes_bias
 from diffpress.targets import TARGETS
 
 OPENVINO, TENSORRT = TARGETS["openvino"], TARGETS["tensorrt"]
@@ -170,3 +173,49 @@ def test_concatenations_of_anything_are_seen_through():
         below, beside = torch.cat([picture, picture], dim=2), torch.cat([picture, picture[:, :2]], dim=1)
     assert [concatenations.boundary(x) for x in (kept, below, beside)] == [None, None, 3]
     torch.testing.assert_close(kept, new)
+
+
+def test_both_halves_keep_the_mean(sd, sd_folder, context, first_call, tmp_path):
+    """Only the first half has a bias, and it takes the mean error of both."""
+    means, name = {}, "up_blocks.0.resnets.0.conv_shortcut"
+    for settings in ({}, {"bias_correction": True}):
+        generator = Generator.load(sd_folder)
+        given, inputs = context(generator, "openvino"), []
+        layer = generator.denoiser.get_submodule(name)
+        with pre_hooks({name: layer}, lambda _, x, inputs=inputs: inputs.append(x.clone())):
+            given.run(generator, "")
+        applied = Int8(Int8Config(**settings)).apply(generator, given)
+        halves = generator.denoiser.get_submodule(name)
+        assert halves.first.bias is not None
+        assert halves.second.bias is None
+        x, boundary = torch.cat(inputs), SHORTCUTS[name]
+        with torch.no_grad():
+            means[len(settings)] = (halves(x) - layer(x)).mean(dim=(0, 2, 3)).abs().max()
+            whole = SplitConv2d(layer, boundary)
+            part = halves.second(x[:, boundary:]) - whole.second(x[:, boundary:])
+            second = part.mean(dim=(0, 2, 3)).abs().max()
+    assert means[1] < 0.1 * means[0]
+    assert second > means[1]  # control: what the second alone would leave
+    expected, call = first_call(generator)
+    save_weights(generator.denoiser, tmp_path / "weights.safetensors")
+    Int8.restore(sd, applied.metadata)
+    load_weights(sd.denoiser, tmp_path / "weights.safetensors")
+    assert torch.equal(first_call(sd, call)[0], expected)
+
+
+def test_a_half_in_float_takes_the_bias_of_the_other():
+    layer, x = bimodal()
+    halves = SplitConv2d(layer, 5).requires_grad_(False)
+    expected = halves(x) + torch.arange(10.0)[:, None, None]
+    halves.second = int8(halves.second, x, ends(x))
+    halves.second.bias = torch.arange(10.0)
+    before = halves(x)
+    network = nn.Sequential(halves)
+    assert takes_bias(network, "0.first")
+    assert takes_bias(network, "0.second")
+    assert not takes_bias(nn.Sequential(nn.Conv2d(2, 2, 1, bias=False)), "0")
+    assert not takes_bias(nn.Sequential(SplitConv2d(nn.Conv2d(2, 2, 1, bias=False), 1)), "0.second")
+    join_biases(network)
+    assert halves.second.bias is None
+    torch.testing.assert_close(halves(x), before)
+    torch.testing.assert_close(halves(x), expected, rtol=0.1, atol=5)

@@ -19,10 +19,10 @@ from diffpress.export.session import open_session
 from diffpress.export.settings import ExportConfig
 from diffpress.generator import Generator
 from diffpress.quantize.int8 import Int8, Int8Config
-from diffpress.quantize.modules import QuantizedLayer
+from diffpress.quantize.modules import QuantizedLayer, replace_layers
 from diffpress.quantize.smooth import Smooth, SmoothConfig
 from diffpress.quantize.weight_only import WeightOnlyEmbedding, WeightOnlyLinear
-from diffpress.quantize.weights import Weights, WeightsConfig, replace
+from diffpress.quantize.weights import Weights, WeightsConfig
 from diffpress.targets import TARGETS
 
 ONNXRUNTIME, OPENVINO, TENSORRT = (TARGETS[name] for name in ("onnxruntime", "openvino", "tensorrt"))
@@ -197,11 +197,39 @@ def test_hooks_are_removed(dit, context, hooks_of):
 
 def test_tied_tables_stay_tied():
     model = nn.Module()
-    model.shared = model.encoder = nn.Embedding(4, 4)
+    model.shared = model.encoder = table = nn.Embedding(4, 4)
     twin = WeightOnlyEmbedding(model.shared)
-    replace(model, model.shared, twin)
+    assert replace_layers(model, {model.shared: twin}) == {"shared": table, "encoder": table}
     assert model.shared is twin
     assert model.encoder is twin
+
+
+@pytest.mark.parametrize(
+    ("family", "component", "last"),
+    [
+        ("dit", "denoiser", "proj_out_2"),
+        ("lumina2", "denoiser", "norm_out.linear_2"),
+        ("zimage", "denoiser", "all_final_layer.2-1.linear"),
+        ("sd3", "text_encoder", "text_projection"),
+    ],
+)
+def test_the_last_projection_stays_in_float(family, component, last, request):
+    generator = request.getfixturevalue("dit") if family == "dit" else Generator(families.make(family))
+    network = generator.part(component)
+    assert isinstance(network.get_submodule(last), nn.Linear)
+    assert last not in Weights(WeightsConfig()).layers(network)
+    assert last in Weights(WeightsConfig(layers=("*",))).layers(network)
+    assert len(Weights(WeightsConfig()).layers(network)) > 5
+
+
+def test_how_many_tensors_were_scaled_is_said(sd, ddpm, context, caplog):
+    applied = Weights(WeightsConfig(awq=True, component="text_encoder")).apply(sd, context(sd))
+    assert ", channels of 3 tensors scaled before, " in applied.summary
+    assert "awq" not in caplog.text
+    applied = Weights(WeightsConfig(awq=True)).apply(ddpm, context(ddpm))
+    assert ", channels of 0 tensors scaled before, " in applied.summary
+    assert "awq found no channels to scale in UNet2DModel" in caplog.text
+    assert "scaled" not in Weights(WeightsConfig()).apply(Generator.load(sd.source), context(sd)).summary
 
 
 def engine_part(generator, role, path, given, target):
