@@ -26,7 +26,7 @@ from diffpress.checkpoint import fetch, first_lines, quiet_loading, verify
 from diffpress.diffusion import Schedule, read_schedule
 from diffpress.errors import CheckpointError, ConfigError
 from diffpress.progress import SILENT, Progress
-from diffpress.sampling import SamplingPlan, guidance_arguments, on_grid, patched, switch_scheduler
+from diffpress.sampling import SamplingPlan, guidance_arguments, on_grid, patched, switch_scheduler, to_uint8
 from diffpress.traceable import make_traceable, refuse_lists
 
 if TYPE_CHECKING:
@@ -290,9 +290,11 @@ class Generator:
         progress: Progress = SILENT,
         label: str = "Sampling",
     ) -> Samples:
-        """One picture for each condition, its noise from the seed beside it: the batch size changes neither.
+        """One picture for each condition, its noise from the seed beside it, whatever the batch size.
 
-        Raises ConfigError when the two lists differ in length.
+        Of a network in float pictures then differ by rounding alone; engines whose 8-bit ranges or feature caches look
+        at the whole batch give others. Raises ConfigError when the two lists differ in length, EngineError for pictures
+        that are not finite.
         """
         if len(conditions) != len(seeds):
             raise ConfigError(f"{len(conditions)} conditions but {len(seeds)} seeds; allowed: one seed for each")
@@ -302,7 +304,7 @@ class Generator:
                 part = slice(start, start + batch_size)
                 with self._decoded() as caught:
                     output = self.draw(conditions[part], seeds=seeds[part], plan=plan)
-                images.append(_to_uint8(output.images))
+                images.append(to_uint8(output.images))
                 latents += [latent.float().cpu().numpy() for latent in caught]
                 advance(len(images[-1]))
         return Samples(np.concatenate(images), np.concatenate(latents) if latents else None)
@@ -389,10 +391,3 @@ def argument_names(network: nn.Module) -> list[str]:
 def has_tensor(value: Any) -> bool:
     """Whether a tensor is in a pytree."""
     return any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(value))
-
-
-def _to_uint8(images: Any) -> np.ndarray:
-    """Float [n, h, w, c] in [0, 1] to uint8 [n, h, w, 3], rounded."""
-    array = np.asarray(images)
-    array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
-    return np.ascontiguousarray(np.round(array.clip(0, 1) * 255).astype(np.uint8))  # pipelines give transposed views

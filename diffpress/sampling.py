@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffpress.config import config
-from diffpress.errors import ConfigError
+from diffpress.errors import ConfigError, EngineError
 
 GRID_SOLVERS = (  # those whose step reads nothing of the grid but the scheduler's timesteps and sigmas
     "DEISMultistepScheduler",
@@ -57,6 +57,15 @@ class SamplingPlan:
     def grid(self) -> tuple[float, ...] | None:
         """The timesteps that these many steps go through; None: the scheduler's own spacing."""
         return self.timesteps if len(self.timesteps or ()) == self.steps else None
+
+
+def to_uint8(images: Any) -> np.ndarray:
+    """Float [n, h, w, c] in [0, 1] to uint8 [n, h, w, 3], rounded. Raises EngineError for pictures that hold NaN."""
+    array = np.asarray(images)
+    if lost := int((~np.isfinite(array)).any(axis=(1, 2, 3)).sum()):
+        raise EngineError(f"{lost} of {len(array)} pictures hold NaN or infinity; allowed: finite values")
+    array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array
+    return np.ascontiguousarray(np.round(array.clip(0, 1) * 255).astype(np.uint8))  # pipelines give transposed views
 
 
 @contextmanager

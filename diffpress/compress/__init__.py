@@ -5,6 +5,7 @@ The package can be called: ``diffpress.compress(model, recipe, output)`` runs a 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ def compress(
         recipe = {**recipe, "model": str(model)}
         loaded = load_recipe(recipe, list(overrides), methods=configs)
     else:
-        loaded = load_recipe(recipe, [f"model={model}", *overrides], methods=configs)
+        text = json.dumps(str(model), ensure_ascii=False)  # as YAML, which overrides are
+        loaded = load_recipe(recipe, [f"model={text}", *overrides], methods=configs)
     return run(loaded, Path(output), progress=progress or SILENT)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffpress import __version__
-from diffpress.artifact import read_json
+from diffpress.artifact import fingerprint, read_json
 from diffpress.compress import evaluation
 from diffpress.compress.report import (
     EngineFacts,
@@ -28,6 +28,7 @@ from diffpress.compress.report import (
     Training,
 )
 from diffpress.compress.verdict import judge
+from diffpress.errors import ArtifactError
 from diffpress.eval.latency import size_on_disk
 from diffpress.eval.machine import describe_machine
 from diffpress.export.build import MANIFEST
@@ -48,6 +49,8 @@ class Found:
     paired: tuple[PairedMetric, ...]
     latency: tuple[Latency, ...]
     preprocessing: str | None
+    provider: str
+    """What the denoiser of the engine ran on."""
     started: str
 
 
@@ -59,7 +62,7 @@ def assemble(run: Run, found: Found) -> Report:
         model=_model_facts(run),
         recipe=plain(recipe),
         stages=tuple(_stage_run(run, number) for number in range(len(run.stages))),
-        engine=_engine_facts(run),
+        engine=_engine_facts(run, found.provider),
         parity=_parity(run),
         quality=found.quality,
         paired=found.paired,
@@ -71,6 +74,8 @@ def assemble(run: Run, found: Found) -> Report:
             machine=describe_machine(),
             seeds=_seeds(run),
             preprocessing=found.preprocessing,
+            conditions=fingerprint(evaluation.conditions_of(recipe, run.original, recipe.evaluate.samples)),
+            reference=evaluation.reference_hash(recipe),
             started=found.started,
             finished=now(),
             command=_command(run.artifact.folder),
@@ -111,12 +116,12 @@ def _stage_run(run: Run, number: int) -> StageRun:
     )
 
 
-def _engine_facts(run: Run) -> EngineFacts:
+def _engine_facts(run: Run, provider: str) -> EngineFacts:
     entry, manifest = run.artifact.entry(ENGINE), read_json(run.artifact.folder / ENGINE / MANIFEST)
     plan = manifest["plan"] if manifest.get("distilled") else {}
     return EngineFacts(
         target=run.target.name,
-        provider=entry["built"]["provider"],
+        provider=provider,
         quantized_operators=entry["built"]["quantized_ops"],
         float_operators=entry["built"]["float_layers"],
         opset=entry["built"].get("opset", run.recipe.export.opset),  # without: from before graphs could differ
@@ -160,6 +165,19 @@ def _sensitivity(run: Run) -> tuple[LayerError, ...]:
                 layer=layer, error=error, in_context=in_context.get(layer), precision=precision.get(layer)
             )
     return tuple(sorted(found.values(), key=lambda row: (-(row.in_context or 0.0), -row.error)))
+
+
+def engine_in(directory: Path) -> Path | None:
+    """The folder of a built engine: the one in a run's folder, or ``directory`` itself; None where there is none."""
+    return next((folder for folder in (directory / ENGINE, directory) if (folder / MANIFEST).is_file()), None)
+
+
+def find_engine(directory: Path) -> Path:
+    """The same; raises ArtifactError where there is none."""
+    folder = engine_in(directory)
+    if folder is None:
+        raise ArtifactError(f"{directory} holds no built engine: there is no {MANIFEST}, nor {ENGINE}/{MANIFEST}")
+    return folder
 
 
 def stage_name(number: int, method: str) -> str:

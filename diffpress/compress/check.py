@@ -1,8 +1,8 @@
 """May this artifact replace that baseline? Comparability first, then non-inferiority on quality and on latency.
 
-Latency is compared as a multiple of stock diffusers eager, timed in turns within each run, so that a machine that was
-busy in one of the runs does not decide. Quality is compared sample by sample, from the same noise, where both
-artifacts kept their features.
+Latency is compared as a multiple of stock diffusers, eager where both timed it, timed in turns within each run, so that
+a machine that was busy in one of the runs does not decide. Quality is compared sample by sample, from the same noise,
+where both artifacts kept their features.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from diffpress.artifact import folder_hash
-from diffpress.compress.report import Finding, Outcome, Report, read_report
+from diffpress.compress.report import Finding, Latency, Outcome, Report, Scope, read_report
 from diffpress.compress.verdict import FRECHET, LATENT_ERROR, with_interval, worst
 from diffpress.config import config
 from diffpress.errors import ArtifactError, ConfigError, NotComparableError, RegressionError
@@ -24,16 +24,17 @@ from diffpress.eval.distances import moments
 from diffpress.eval.features import Features
 from diffpress.eval.gate import decide
 from diffpress.eval.replicates import BLOCKS, density_coverage_replicates, frechet_replicates
-from diffpress.eval.statistics import Estimate, paired_difference, paired_ratio
+from diffpress.eval.statistics import Estimate, median_ratio_interval, paired_difference, paired_ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 FEATURES_FILE = Path("evaluation") / "features.safetensors"
 """Where an artifact keeps the features ``original``, ``engine`` and ``reference`` ``[n, d]``."""
 _NEGLIGIBLE = 1e-3  # latent errors below this count as this: float32 run-times differ that much among themselves
 _SAME_REFERENCE = 1e-2  # relative L2 distance of two references that count as one
 _OWN = ("memory_mib",)  # facts of a machine that change without changing it
+_LATELY = ("prompts or classes", "reference")  # older reports do not say
 _HOW_OFTEN = ("latency_rounds", "latency_processes")  # more of them make a figure surer, not another one
 
 
@@ -70,7 +71,7 @@ class CheckResult:
         if self.outcome == "fail":
             return f"Worse than the baseline: {', '.join(by['fail'])}"
         if self.outcome == "undecided":
-            return f"Not decided, more samples or rounds are needed: {', '.join(by['undecided'])}"
+            return f"Not decided, more samples, rounds or figures are needed: {', '.join(by['undecided'])}"
         return f"No worse than the baseline: {', '.join(item.name for item in self.findings)}"
 
     def require(self, *, strict: bool = False) -> None:
@@ -79,8 +80,13 @@ class CheckResult:
             raise RegressionError(self.sentence)
 
 
-def check(directory: Path, baseline: Path, *, margins: Margins | None = None) -> CheckResult:
+def check(
+    directory: Path, baseline: Path, *, margins: Margins | None = None, named: Collection[str] = ()
+) -> CheckResult:
     """Compare the artifact in ``directory`` with ``baseline``, another artifact or a ``report.json``.
+
+    A figure that a report lacks is left out, or undecided where its margin is among those ``named``; a latency always,
+    unless neither report has any.
 
     Raises `ArtifactError` where a report is missing, unreadable or not of the engine beside it, and
     `NotComparableError` with every difference in how the two were measured.
@@ -94,6 +100,7 @@ def check(directory: Path, baseline: Path, *, margins: Margins | None = None) ->
         *_quality(directory, baseline, candidate_report, baseline_report, margins),
         *_latency(candidate_report, baseline_report, margins),
     )
+    findings += tuple(_lacking({item.name for item in findings}, candidate_report, baseline_report, margins, named))
     if not findings:
         raise NotComparableError(f"{directory} and {baseline} have neither a quality figure nor a latency in common")
     return CheckResult(worst(item.outcome for item in findings), findings, directory, baseline)
@@ -102,6 +109,9 @@ def check(directory: Path, baseline: Path, *, margins: Margins | None = None) ->
 def differences(baseline: Report, candidate: Report) -> Iterator[str]:
     """Each difference in machine, versions, seeds, preprocessing, model and evaluation, as one line."""
     left, right = _conditions(baseline), _conditions(candidate)
+    for name in _LATELY:
+        if left[name] is None or right[name] is None:
+            del left[name], right[name]
     counts = [_samples(report) for report in (baseline, candidate)]
     both = counts[0].keys() & counts[1].keys()  # an older report may lack a figure, which is then not compared
     left["samples"], right["samples"] = ({name: count[name] for name in sorted(both)} for count in counts)
@@ -122,6 +132,8 @@ def _conditions(report: Report) -> dict[str, Any]:
         "versions": versions,
         "seed of the pictures": report.provenance.seeds.get("pictures"),
         "preprocessing": report.provenance.preprocessing,
+        "prompts or classes": report.provenance.conditions,
+        "reference": report.provenance.reference,
         "model hash": report.model.hash,
         "evaluate": {name: value for name, value in evaluate.items() if name not in _HOW_OFTEN},
         "picture": {side: report.recipe.get("export", {}).get(side) for side in ("height", "width")},
@@ -159,7 +171,7 @@ def _quality(
     errors = [{metric.name: metric.mean for metric in report.paired} for report in (baseline_report, candidate_report)]
     if all(LATENT_ERROR in metrics for metrics in errors):
         base, here = (_at_least(metrics[LATENT_ERROR], _NEGLIGIBLE) for metrics in errors)
-        yield _finding("latent error, multiple of the baseline's", independent_ratio(base, here), margins.latent_error)
+        yield _finding(_LATENT, independent_ratio(base, here), margins.latent_error)
 
 
 def _reported_quality(candidate: Report, baseline: Report, margins: Margins) -> Iterator[Finding]:
@@ -177,6 +189,14 @@ def _reported_quality(candidate: Report, baseline: Report, margins: Margins) -> 
 
 _FRECHET = "Fréchet distance, multiple of the baseline's"
 _COVERAGE = "loss of coverage"
+_LATENT = "latent error, multiple of the baseline's"
+_LATENCY = "latency, multiple of the baseline's"
+_LACKS = {  # margin to criterion, and what is missing where there is none
+    "frechet": (_FRECHET, "no Fréchet distance in both reports: evaluate.features names the extractor"),
+    "coverage": (_COVERAGE, "no coverage in both reports: evaluate.features names the extractor"),
+    "latent_error": (_LATENT, "no final latents in both reports: the model has no autoencoder"),
+    "latency": (_LATENCY, "no stock run timed beside the engine at the same scope in both reports"),
+}
 
 
 def _paired_quality(directory: Path, baseline: Path, margins: Margins) -> Iterator[Finding]:
@@ -203,11 +223,37 @@ def _paired_quality(directory: Path, baseline: Path, margins: Margins) -> Iterat
 
 
 def _latency(candidate: Report, baseline: Report, margins: Margins) -> Iterator[Finding]:
-    timings = [report.timing("engine") or report.timing("engine", "denoiser call") for report in (baseline, candidate)]
-    base, here = (timing.speedup if timing else None for timing in timings)
-    if base is not None and here is not None:
-        ratio = independent_ratio(here, base)  # latency is the inverse of the speed-up
-        yield _finding("latency, multiple of the baseline's", ratio, margins.latency)
+    """Relative to one stock run that both timed beside the engine, at the first scope that has one."""
+    scopes: tuple[Scope, ...] = ("whole image", "denoiser call")
+    for scope in scopes:
+        base, here = (
+            {row.candidate: row for row in report.latency if row.scope == scope} for report in (baseline, candidate)
+        )
+        shared = base.keys() & here.keys()
+        stock = next((name for name in ("eager", *base) if name in shared - {"engine"}), None)
+        if stock is not None and "engine" in shared:
+            ratio = independent_ratio(_speedup(here, stock), _speedup(base, stock))  # latency is the inverse
+            yield _finding(_LATENCY, ratio, margins.latency)
+            return
+
+
+def _speedup(rows: dict[str, Latency], stock: str) -> Estimate:
+    """The stock run's time over the engine's."""
+    engine = rows["engine"]
+    if stock == "eager" and engine.speedup is not None:
+        return engine.speedup
+    return median_ratio_interval(rows[stock].samples_ms, engine.samples_ms, processes=engine.processes)
+
+
+def _lacking(
+    found: Collection[str], candidate: Report, baseline: Report, margins: Margins, named: Collection[str]
+) -> Iterator[Finding]:
+    """An undecided finding for each criterion that was asked for and has no figure; latency is always asked for."""
+    asked = {*named, *(["latency"] if candidate.latency or baseline.latency else [])}
+    for margin, (name, lacks) in _LACKS.items():
+        if margin in asked and name not in found:
+            limit = getattr(margins, margin)
+            yield Finding(name=name, outcome="undecided", sentence=f"not measured: {lacks}", found=None, limit=limit)
 
 
 def independent_ratio(base: Estimate, candidate: Estimate) -> Estimate:

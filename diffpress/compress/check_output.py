@@ -12,7 +12,7 @@ from diffpress.compress.verdict import number, with_interval
 
 if TYPE_CHECKING:
     from diffpress.compress.check import CheckResult
-    from diffpress.compress.report import Outcome
+    from diffpress.compress.report import Finding, Outcome
 
 _COLORS: dict[Outcome, str] = {"pass": "green", "fail": "red", "undecided": "yellow", "not gated": "dim"}
 _SUITE = "diffpress check"
@@ -24,8 +24,7 @@ def table(result: CheckResult) -> Table:
         "criterion", "found", "allowed", "verdict", title=escape(f"{result.candidate} against {result.baseline}")
     )
     for item in result.findings:
-        found = "–" if item.found is None else with_interval(item.found)
-        rows.add_row(item.name, found, number(item.limit), f"[{_COLORS[item.outcome]}]{item.outcome}")
+        rows.add_row(item.name, escape(_found(item)), number(item.limit), f"[{_COLORS[item.outcome]}]{item.outcome}")
     rows.caption = result.sentence
     return rows
 
@@ -41,9 +40,13 @@ def markdown(result: CheckResult) -> str:
         "|---|---:|---:|---|",
     ]
     for item in result.findings:
-        found = "–" if item.found is None else with_interval(item.found)
-        lines.append(f"| {item.name} | {found} | {number(item.limit)} | **{item.outcome}** |")
+        lines.append(f"| {item.name} | {_found(item)} | {number(item.limit)} | **{item.outcome}** |")
     return "\n".join([*lines, "", "Intervals in parentheses; decided by the interval's ends.", ""])
+
+
+def _found(item: Finding) -> str:
+    """The figure, or why there is none."""
+    return item.sentence if item.found is None else with_interval(item.found)
 
 
 def markdown_error(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffpress import __version__
-from diffpress.compress.console import err, out, place_for, print_table
+from diffpress.compress.console import err, folder_for, out, place_for, print_table
 from diffpress.errors import ConfigError, DiffpressError
 
 if TYPE_CHECKING:
@@ -265,7 +265,8 @@ def profile(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Runs that are timed, and calls of each engine.")] = 20,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for profile.json and profile.svg.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", callback=folder_for, help="For profile.json and profile.svg."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -324,7 +325,8 @@ def check(
     for file in filter(None, (junit, markdown)):
         file.unlink(missing_ok=True)  # of an earlier check
     try:
-        result = checking.check(directory, baseline, margins=checking.read_margins(margin or []))
+        named = [pair.partition("=")[0] for pair in margin or []]
+        result = checking.check(directory, baseline, margins=checking.read_margins(margin or []), named=named)
     except DiffpressError as error:
         if junit is not None:
             junit.write_text(check_output.junit_error(error), encoding="utf-8")
@@ -353,13 +355,11 @@ def _finish(report: Report, directory: Path) -> None:
 
 
 def _show_artifact(directory: Path) -> None:
+    from diffpress.compress import tables
     from diffpress.compress.report import read_report
 
     report = read_report(directory)
-    rows = [(stage.name, stage.summary, f"{stage.seconds:.1f} s") for stage in report.stages]
-    facts = f"{report.engine.quantized_operators} operators in 8 bits, {report.engine.float_operators} in float"
-    rows.append((f"export {report.engine.target}", facts, f"{report.engine.seconds:.1f} s"))
-    print_table(("stage", "result", "time"), rows)
+    print_table(*tables.stages_table(report))
     out.print(f"{report.verdict.outcome}: {report.verdict.headline}", highlight=False)
 
 

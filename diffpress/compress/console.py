@@ -36,6 +36,15 @@ def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> No
     out.print()
 
 
+def folder_for(folder: Path | None) -> Path | None:
+    """A folder to write to: it is made before any work, and a file in its place refused."""
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file; allowed: a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def place_for(file: Path | None) -> Path | None:
     """A file to write: its folder is made before any work, and a folder in its place refused."""
     if file is not None:

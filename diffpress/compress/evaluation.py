@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from diffpress.artifact import folder_hash
 from diffpress.compress.measured import distribution_metric, paired_metric
 from diffpress.compress.page import Pictures
-from diffpress.compress.recipe import Recipe, find_path, read_prompts
+from diffpress.compress.recipe import Recipe, find_path, locate, read_prompts
 from diffpress.compress.report import Metric, PairedMetric
 from diffpress.errors import ConfigError
 from diffpress.eval.extractors import Extractor, load_extractor
@@ -110,9 +110,14 @@ def _extractor(recipe: Recipe) -> Extractor:
 
 def yardstick(recipe: Recipe) -> list[str | None]:
     """Identities of the extractor and of the reference: what distances depend on besides the pictures."""
+    return [_extractor(recipe).identity, recipe.evaluate.reference, reference_hash(recipe)]
+
+
+def reference_hash(recipe: Recipe) -> str | None:
+    """Hash of the file or folder that distances are measured against; None: the recipe names none that is there."""
     reference = recipe.evaluate.reference
-    found = None if reference is None else find_path(reference.partition("#")[0])
-    return [_extractor(recipe).identity, reference, folder_hash(found) if found else None]
+    found = None if reference is None else find_path(reference)
+    return None if found is None else folder_hash(found)
 
 
 def _local(name: str) -> str:
@@ -120,9 +125,8 @@ def _local(name: str) -> str:
     before, mark, after = name.partition("inception:")
     if not before and mark:
         return f"{mark}{_local(after)}" if after else name
-    path, mark, key = name.partition("#")
-    found = None if name == "inception" or name.startswith("module:") else find_path(path)
-    return name if found is None else f"{found}{mark}{key}"
+    found, part = (None, "") if name == "inception" or name.startswith("module:") else locate(name)
+    return name if found is None else f"{found}{part}"
 
 
 def check_evaluation(recipe: Recipe) -> None:
@@ -143,7 +147,7 @@ def check_evaluation(recipe: Recipe) -> None:
     reference = recipe.evaluate.reference
     if reference is None:
         return
-    found = find_path(reference.partition("#")[0])
+    found = find_path(reference)
     if found is None:
         raise ConfigError(
             f"evaluate.reference {reference!r} is not there; allowed: a features file or a folder of images"

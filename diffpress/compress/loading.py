@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from diffpress.compress.marks import Document, dotted, read_value, read_yaml
+from diffpress.compress.marks import SHOWN, Document, dotted, read_value, read_yaml
 from diffpress.compress.recipe import (
     Recipe,
     StageSpec,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from diffpress.compress.marks import Path as Keys
 
 _MISSING = object()
-_SHOWN = 80  # characters of a value that a message quotes
 
 
 def load_recipe(
@@ -53,7 +52,7 @@ def load_recipe(
     _normalise_stages(document)
     for override in overrides:
         _override(document, override, methods)
-    _normalise_stages(document)
+        _normalise_stages(document)
     stages = _stages(document, methods)
     body = {key: value for key, value in document.data.items() if key != "stages"}
     recipe = _checked(Recipe, body, (), document)
@@ -191,7 +190,7 @@ def _fields(cls: Any, keys: Keys) -> list[str]:
 
 def _show(value: Any) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
 def _did_you_mean(name: str, allowed: Iterable[str]) -> str:

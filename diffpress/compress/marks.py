@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 Path = tuple[str | int, ...]
+SHOWN = 80  # characters of a value that a message quotes
 _FLOAT, _TIMESTAMP = "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"
 
 
@@ -30,7 +31,14 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader`, or any reader of YAML 1.1, would take for something else."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 @dataclass
@@ -115,6 +123,11 @@ def read_value(text: str) -> Any:
     return document.data
 
 
+def write_yaml(data: Any) -> str:
+    """Plain data as YAML, which `read_yaml` reads back as it is."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
 class _Walk:
     """Turns nodes into plain data, noting the line of each."""
 
@@ -124,7 +137,7 @@ class _Walk:
     def value(self, node: yaml.Node, path: Path) -> Any:
         self.document.where.setdefault(path, f"{self.document.name}:{node.start_mark.line + 1}")
         if isinstance(node, yaml.ScalarNode):
-            return self.loader.construct_object(node)
+            return self.plain(node)
         if id(node) in self.seen:
             self.document.report(path, "anchors and aliases are not allowed: write the section out")
             return None
@@ -133,12 +146,24 @@ class _Walk:
             return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
         return self.mapping(cast("yaml.MappingNode", node), path)
 
+    def plain(self, node: yaml.Node) -> Any:
+        """What a node without lines of its own is; None, and a problem, where its text does not fit its tag."""
+        try:
+            value = self.loader.construct_object(node, deep=True)
+            str(value)  # Python refuses to write numbers of too many digits
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            text, kind = str(node.value)[:SHOWN], node.tag.rpartition(":")[2]
+            where = f"{self.document.name}:{node.start_mark.line + 1}"
+            self.document.problems.append(Problem(where, f"not valid YAML: {text!r} cannot be read as {kind}"))
+            return None
+        return value
+
     def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            key = self.loader.construct_object(key_node, deep=True)
+            key = self.plain(key_node)
             if not isinstance(key, str):
                 key = key_node.value if isinstance(key_node, yaml.ScalarNode) else str(key)
             if key in lines:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffpress.compress import figures
+from diffpress.compress.marks import write_yaml
 from diffpress.compress.report import Estimate, Metric, PairedMetric, Report, report_json
 from diffpress.compress.verdict import number, rounded, span, with_interval
 
@@ -130,7 +130,7 @@ def _environment() -> Environment:
         "settings": _settings,
         "unit": _unit,
         "machine": _machine,
-        "yaml": lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True),
+        "yaml": write_yaml,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
     return environment

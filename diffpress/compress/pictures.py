@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from diffpress.artifact import read_json
+from diffpress.compress.assemble import engine_in
 from diffpress.errors import ConfigError
 from diffpress.export import load
 from diffpress.export.build import MANIFEST
@@ -38,8 +40,10 @@ def generate_pictures(
 
     ``source`` is an artifact folder, or a model that `Generator.load` takes, in that ``variant``. ``prompts`` (or
     classes; None: the generator's own) are used in turn. None for ``steps`` and ``guidance_scale`` is what an engine
-    was made for, or else 20 and 3. Raises `ConfigError` where a file exists already.
+    was made for, or else 20 and 3. Raises `ConfigError` where a file exists already, or guidance is no number.
     """
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise ConfigError(f"guidance_scale is {guidance_scale:g}; allowed: 0 and more, finite")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; allowed: a folder")
     generator = open_generator(source, variant)
@@ -49,10 +53,11 @@ def generate_pictures(
     if taken:
         raise ConfigError(f"these pictures exist and are not overwritten: {', '.join(taken)}; give another --output")
     output.mkdir(parents=True, exist_ok=True)
-    usual = generator.plan or _USUAL
+    manifest = _manifest(source)
+    usual = generator.plan or (SamplingPlan(**manifest["plan"]) if manifest else _USUAL)
     strength = usual.guidance_scale if guidance_scale is None else guidance_scale
     plan = replace(usual, steps=steps or usual.steps, guidance_scale=strength)
-    fixed = _fixed_batch(source)
+    fixed = _fixed_batch(manifest)
     more = -len(conditions) % fixed if fixed else 0  # the last picture again, and not kept
     conditions, seeds = [*conditions, *conditions[-1:] * more], [*seeds, *list(seeds)[-1:] * more]
     samples = generator.sample(conditions, seeds=seeds, plan=plan, batch_size=fixed or _BATCH, progress=progress)
@@ -63,18 +68,19 @@ def generate_pictures(
 
 def open_generator(source: str, variant: str | None = None) -> Generator:
     """The generator of an artifact folder or an engine; else the model called ``source``, in that variant."""
-    folder = _engine_folder(source)
+    folder = engine_in(Path(source))
     return Generator(load(folder)) if folder else Generator.load(source, variant=variant)
 
 
-def _engine_folder(source: str) -> Path | None:
-    return next((folder for folder in (Path(source) / "engine", Path(source)) if (folder / MANIFEST).is_file()), None)
+def _manifest(source: str) -> dict[str, Any] | None:
+    """What an engine says of itself; None: no engine."""
+    folder = engine_in(Path(source))
+    return read_json(folder / MANIFEST) if folder else None
 
 
-def _fixed_batch(source: str) -> int | None:
+def _fixed_batch(manifest: dict[str, Any] | None) -> int | None:
     """Pictures that an engine takes at once; None: any number, or no engine."""
-    folder = _engine_folder(source)
-    batch = read_json(folder / MANIFEST)["export"]["batch"] if folder else "dynamic"
+    batch = manifest["export"]["batch"] if manifest else "dynamic"
     return None if batch == "dynamic" else int(batch)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffpress.errors import ArtifactError, ConfigError, EngineError
+from diffpress.artifact import read_json
+from diffpress.compress.assemble import find_engine
+from diffpress.errors import ConfigError, EngineError
 from diffpress.eval.statistics import Estimate, median_interval
 from diffpress.export import load
 from diffpress.export.attribution import Kind
@@ -116,13 +117,11 @@ def profile_engine(
 
 def _read_manifest(directory: Path) -> tuple[Path, dict[str, Any]]:
     """The engine's folder, and what it says of itself."""
-    for root in (directory / "engine", directory):
-        if (root / MANIFEST).is_file():
-            manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["target"] == "tensorrt":
-                raise EngineError(f"{root} is for tensorrt, whose layers are not timed; allowed: onnxruntime, openvino")
-            return root, manifest
-    raise ArtifactError(f"{directory} holds no built engine: there is no {MANIFEST}, nor engine/{MANIFEST}")
+    root = find_engine(directory)
+    manifest = read_json(root / MANIFEST)
+    if manifest["target"] == "tensorrt":
+        raise EngineError(f"{root} is for tensorrt, whose layers are not timed; allowed: onnxruntime, openvino")
+    return root, manifest
 
 
 class _Watch:

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, model_validator
 
 from diffpress.caching import FEW_STEPS
+from diffpress.compress.marks import write_yaml
 from diffpress.config import config
 from diffpress.errors import ConfigError
+from diffpress.eval.features import split_part
 from diffpress.export.settings import ExportConfig
 
 logger = logging.getLogger(__name__)
@@ -310,17 +311,22 @@ def recipe_summary(file: Path) -> str:
 
 
 def find_path(name: str, *, beside: Path | None = None) -> Path | None:
-    """The existing file or folder called ``name``, or None.
+    """The existing file or folder called ``name``, or None; see `locate`."""
+    return locate(name, beside=beside)[0]
 
-    Looked for in the working directory, in ``beside`` (the recipe's folder), and at the root of a source checkout. What
-    follows a ``#`` names a part of a file, where nothing is called by the whole name.
+
+def locate(name: str, *, beside: Path | None = None) -> tuple[Path | None, str]:
+    """The existing file or folder called ``name``, or None, and the ``#part`` of it that is meant (`split_part`).
+
+    Looked for in the working directory, in ``beside`` (the recipe's folder), and at the root of a source checkout.
     """
     folders = [folder for folder in (Path(), beside, recipes_folder().parent) if folder is not None]
-    for given in dict.fromkeys((name, name.partition("#")[0])):
-        for folder in folders:
-            if (folder / Path(given).expanduser()).exists():
-                return (folder / Path(given).expanduser()).absolute()
-    return None
+
+    def find(given: str) -> Path | None:
+        places = (folder / Path(given).expanduser() for folder in folders)
+        return next((place.absolute() for place in places if place.exists()), None)
+
+    return split_part(name, find)
 
 
 def portable_path(name: str, *, beside: Path | None = None) -> str:
@@ -329,11 +335,10 @@ def portable_path(name: str, *, beside: Path | None = None) -> str:
     What lies in the source checkout stays relative (a recipe then means the same on every machine); another existing
     path becomes absolute; what does not exist (a hub id) is left alone.
     """
-    found = find_path(name, beside=beside)
+    found, part = locate(name, beside=beside)
     if found is None:
         return name
-    checkout, part = recipes_folder().parent, "".join(name.partition("#")[1:])
-    part = "" if part and found.name.endswith(part) else part
+    checkout = recipes_folder().parent
     return (found.relative_to(checkout).as_posix() if found.is_relative_to(checkout) else str(found)) + part
 
 
@@ -366,7 +371,7 @@ def recipe_data(recipe: Recipe) -> dict[str, Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as canonical YAML: equal recipes give equal text, and `load_recipe` reads the same recipe back."""
-    return yaml.safe_dump(recipe_data(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return write_yaml(recipe_data(recipe))
 
 
 def recipe_schema(methods: dict[str, type]) -> dict[str, Any]:

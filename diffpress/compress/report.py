@@ -231,6 +231,10 @@ class Provenance:
     """Purpose to seed."""
     preprocessing: str | None
     """Hash of the feature extractor and its preprocessing; null: no distribution metrics."""
+    conditions: str | None = None
+    """Hash of the prompts or classes of the compared pictures, as read from a file or the recipe; null: not said."""
+    reference: str | None = None
+    """Hash of the file or folder that distances are measured against; null: the recipe names none, or not said."""
     started: str
     """ISO 8601, UTC."""
     finished: str

@@ -17,14 +17,15 @@ from pydantic import TypeAdapter
 from diffpress import __version__, processes
 from diffpress.artifact import Artifact, fingerprint, folder_hash, load_weights, read_json, save_weights, write_json
 from diffpress.compress import evaluation, timing
-from diffpress.compress.assemble import ENGINE, MIB, Found, assemble, now, plain, stage_name
+from diffpress.compress.assemble import ENGINE, MIB, Found, assemble, find_engine, now, plain, stage_name
 from diffpress.compress.loading import load_recipe
 from diffpress.compress.methods import METHODS
 from diffpress.compress.page import write_report
-from diffpress.compress.recipe import FIXES_STEPS, Recipe, dump_recipe, find_path, read_prompts
+from diffpress.compress.recipe import FIXES_STEPS, Recipe, dump_recipe, read_prompts
 from diffpress.compress.rehearsal import Rehearsal
 from diffpress.compress.report import Latency, Metric, Report
 from diffpress.errors import ArtifactError, ConfigError, NotComparableError, SlowEngineError
+from diffpress.eval.gate import SMALLEST_LEVEL
 from diffpress.eval.latency import size_on_disk
 from diffpress.eval.machine import describe_machine
 from diffpress.export import check_export, export, load
@@ -76,6 +77,17 @@ class Run:
         evaluation.conditions_of(self.recipe, self.original, self.recipe.evaluate.samples)
         evaluation.check_evaluation(self.recipe)
         timing.check_baselines(self.recipe.evaluate.baselines)
+        chosen, most = self.recipe.export, self.recipe.evaluate.batch_size
+        if chosen.target == "tensorrt" and chosen.batch == "dynamic" and most > chosen.largest_batch:
+            raise ConfigError(
+                f"evaluate.batch_size is {most}, but the engine takes {chosen.largest_batch} images at a time; "
+                "allowed: up to that, or a larger export.largest_batch"
+            )
+        if self.recipe.gate.latent_error is not None and getattr(self.original.pipeline, "vae", None) is None:
+            raise ConfigError(
+                f"gate.latent_error is {self.recipe.gate.latent_error:g}, but {type(self.original.pipeline).__name__} "
+                "has no autoencoder, and so no latents; allowed: null"
+            )
 
     def context(self, generator: Generator, work: Path | None = None, number: int | None = None) -> Context:
         """Calibration runs: other seeds than the compared pictures', the final schedule unless told otherwise.
@@ -136,13 +148,14 @@ class Run:
 
     def _keys(self) -> list[str]:
         """One key for each stage and one for the engine; each takes in the one before."""
-        keys, last, export = [], self.base_key(), dataclasses.asdict(self.recipe.export)
+        keys, last, export = [], self.base_key(), self.recipe.export.decided()
         for number, spec in enumerate(self.recipe.stages):
             timed = [export, plain([stage.config for stage in self._rehearsed(number)])] if _timed(spec.config) else []
             last = fingerprint(last, spec.method, dataclasses.asdict(spec.config), *timed)
             keys.append(last)
         plan = dataclasses.asdict(evaluation.plan_of(self.recipe))
-        return [*keys, fingerprint(last, export, plan)]
+        facts = _machine() if self.target.name == "tensorrt" else {}  # its engines are of one version and GPU
+        return [*keys, fingerprint(last, export, plan, *([facts["versions"], facts["gpu"]] if facts else []))]
 
     def _rehearsed(self, number: int) -> list[Stage]:
         """Stages after that one that change how long layers take, with the least work."""
@@ -207,22 +220,27 @@ class Run:
         weights = recipe.evaluate.lpips
         paired = evaluation.paired_metrics(pictures["original"], pictures["engine"], lpips_weights=weights)
         latency = self._latency(engine, engine_hash)
-        report = assemble(self, Found(quality, paired, latency, preprocessing, started))
+        session: Any = engine.denoiser.session
+        report = assemble(self, Found(quality, paired, latency, preprocessing, session.provider, started))
         conditions = evaluation.conditions_of(recipe, self.original, recipe.evaluate.samples)
         captions = [_caption(self.original, condition) for condition in conditions]
         shown = evaluation.pick_pictures(pictures["original"], pictures["engine"], captions)
         write_report(report, shown, directory)
-        if not engine.denoiser.session.simulated:  # type: ignore[union-attr]
+        if not session.simulated:
             self._refuse_slow(latency)  # of another CPU's engine this one says nothing
         return report
 
     def _sample(self, engine: Generator, engine_hash: str) -> None:
         recipe, plan = self.recipe, dataclasses.asdict(evaluation.plan_of(self.recipe))
         conditions = evaluation.conditions_of(recipe, self.original, recipe.evaluate.samples)
-        evaluation_key = fingerprint(self.model_hash, recipe.seed, plan, conditions)
+        evaluation_key = fingerprint(self.model_hash, recipe.seed, plan, conditions, _machine())
         jobs: dict[str, tuple[Generator, int, str]] = {
             "original": (self.original, recipe.seed, evaluation_key),
-            "engine": (engine, recipe.seed, fingerprint(evaluation_key, engine_hash)),
+            "engine": (
+                engine,
+                recipe.seed,
+                fingerprint(evaluation_key, engine_hash, recipe.evaluate.batch_size),  # some look at the whole batch
+            ),
         }
         if recipe.evaluate.features is not None and recipe.evaluate.reference is None:
             jobs["reference"] = (self.original, recipe.seed + evaluation.REFERENCE_SEED, evaluation_key)
@@ -242,7 +260,7 @@ class Run:
         names = ["original", "engine", *([] if self.recipe.evaluate.reference else ["reference"])]
         sets = {name: self.artifact.folder / f"evaluation/{name}.safetensors" for name in names}
         drawn = [self.artifact.entry(f"sample {name}")["hash"] for name in names]
-        key = fingerprint(engine_hash, drawn, evaluation.yardstick(self.recipe))
+        key = fingerprint(engine_hash, drawn, evaluation.yardstick(self.recipe), _machine())
 
         def work(path: Path) -> dict[str, Any]:
             return evaluation.write_features(path, sets, self.recipe, self.progress)
@@ -266,13 +284,14 @@ class Run:
         return _ROWS.validate_json((self.artifact.folder / LATENCY).read_bytes())
 
     def _refuse_slow(self, latency: tuple[Latency, ...]) -> None:
-        for row in latency:
-            if row.candidate == "engine" and row.speedup is not None and row.speedup.high < 1:
-                raise SlowEngineError(
-                    f"the engine is slower than stock diffusers eager fp32 at {row.scope}: "
-                    f"{row.median.value:.1f} ms, {1 / row.speedup.value:.2f}x as long; "
-                    f"the report is in {self.artifact.folder}"
-                )
+        """By the evidence that a gate asks for, and of whole images: a call of a cached engine is always a full one."""
+        row = next((row for row in latency if (row.candidate, row.scope) == ("engine", "whole image")), None)
+        if row is None or row.speedup is None or row.speedup.level < SMALLEST_LEVEL or row.speedup.high >= 1:
+            return
+        raise SlowEngineError(
+            f"the engine is slower than stock diffusers eager fp32 at {row.scope}: {row.median.value:.1f} ms, "
+            f"{1 / row.speedup.value:.2f}x as long; the report is in {self.artifact.folder}"
+        )
 
 
 def run(recipe: Recipe, output: Path, *, dry_run: bool = False, progress: Progress = SILENT) -> Result | None:
@@ -288,18 +307,19 @@ def run(recipe: Recipe, output: Path, *, dry_run: bool = False, progress: Progre
     if not processes.first():
         work.build()
         return None
-    with Artifact.open(output, need=_needed(recipe)) as work.artifact:
+    with Artifact.open(output, need=_needed(work)) as work.artifact:
         work.build()
         (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")  # the engine is that recipe's now
         return Result(work.evaluate(), output)
 
 
 def evaluate(directory: Path, *, progress: Progress = SILENT) -> Report:
-    """Measure the engine in ``directory`` again, as it is there now, and write its report anew."""
+    """Measure the engine in ``directory`` again, as it is there now, and write its report anew; nothing is reused."""
     with _reopen(directory, progress) as work:
         entry = work.artifact.entry(ENGINE)
         entry["hash"] = folder_hash(directory / ENGINE)
-        work.artifact.forget("latency")
+        for name in (*(f"sample {name}" for name in ("original", "engine", "reference")), "features", "latency"):
+            work.artifact.forget(name)
         return work.evaluate()
 
 
@@ -314,14 +334,14 @@ def measure_latency(
     """Time the engine in ``directory`` beside the recipe's baselines, in so many processes; nothing is written.
 
     ``beside`` are folders of other runs, or engines, of generators that take the same conditions; they are called by
-    the runs' folders. Raises ConfigError where a name stands for two candidates.
+    the runs' folders. Raises ConfigError where a name stands for two candidates, ArtifactError where one is no engine.
     """
+    others = {_run_name(folder): find_engine(folder) for folder in beside}
     with _reopen(directory, progress, write=False) as work:
         names = ["engine", *work.recipe.evaluate.baselines, *map(_run_name, beside)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"two candidates are called {', '.join(twice)}; rename a folder")
-        engines = {_run_name(folder): folder / ENGINE if (folder / ENGINE).is_dir() else folder for folder in beside}
-        engines = {"engine": directory / ENGINE} | engines
+        engines = {"engine": directory / ENGINE} | others
         loaded = timing.Loaded(work.original, Generator(load(directory / ENGINE)))
         return timing.latencies(work.recipe, engines, loaded, rounds=rounds, processes=processes, progress=progress)
 
@@ -362,11 +382,14 @@ def _model_hash(folder: Path, variant: str | None) -> str:
     return fingerprint(*(folder_hash(path, suffixes=MODEL_FILES) for path in parts), *filter(None, [variant]))
 
 
-def _needed(recipe: Recipe) -> int:
+def _needed(work: Run) -> int:
     """Bytes a run takes at most: fp32 weights for each stage and the engine, and the pictures."""
-    found = find_path(recipe.model)
-    model = size_on_disk(found) if found else 0
-    return 2 * model * (len(recipe.stages) + 2) + 100 * MIB
+    return 2 * size_on_disk(work.source) * (len(work.stages) + 2) + 100 * MIB
+
+
+def _machine() -> dict[str, Any]:
+    """What pictures and features depend on besides what they are asked for: processor, threads, and every version."""
+    return {name: fact for name, fact in describe_machine().items() if name != "memory_mib"}
 
 
 def _caption(generator: Generator, condition: Any) -> str:

@@ -12,12 +12,20 @@ from diffpress.export.attribution import KINDS
 
 if TYPE_CHECKING:
     from diffpress.compress.profile import LayerTime, RunProfile
-    from diffpress.compress.report import Latency
+    from diffpress.compress.report import Latency, Report
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 HOST = "host loop"
 SLOWEST = 15
 """Layers that are shown."""
+
+
+def stages_table(report: Report) -> Table:
+    """What each stage did, and the export."""
+    rows: list[tuple[str, ...]] = [(run.name, run.summary, f"{run.seconds:.1f} s") for run in report.stages]
+    facts = f"{report.engine.quantized_operators} operators in 8 bits, {report.engine.float_operators} in float"
+    rows.append((f"export {report.engine.target}", facts, f"{report.engine.seconds:.1f} s"))
+    return ("stage", "result", "time"), rows
 
 
 def timing_table(rows: Sequence[Latency]) -> Table:

@@ -185,11 +185,28 @@ def _write(path: Path, tensors: Mapping[str, NDArray[np.float32]], origin: Featu
         raise InfrastructureError(f"{path} cannot be written: {error}") from error
 
 
+def split_part(name: str, find: Callable[[str], Path | None]) -> tuple[Path | None, str]:
+    """What ``find`` finds under ``name``, and the ``#part`` of it that is meant; None where it finds nothing.
+
+    First by the whole name, as a file or folder may have a ``#`` in its own, then by what is before the last ``#``.
+    """
+    before, mark, after = name.rpartition("#")
+    for given, part in ((name, ""), (before, mark + after)):
+        if given and (found := find(given)) is not None:
+            return found, part
+    return None, ""
+
+
+def _file(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    return path if path.is_file() else None
+
+
 def _read(path: str | Path) -> Features:
-    name, _, key = str(path).partition("#")
-    file = Path(name).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; allowed: a .safetensors file of features or a folder of images")
+    file, part = split_part(str(path), _file)
+    if file is None:
+        raise CheckpointError(f"{path} is missing; allowed: a .safetensors file of features or a folder of images")
+    key = part.removeprefix("#")
     try:
         with safetensors.safe_open(file, framework="np") as store:
             metadata = store.metadata() or {}
@@ -212,5 +229,5 @@ def _read(path: str | Path) -> Features:
         extractor=description.get("extractor", ""),
         preprocessing=description.get("preprocessing", ""),
         extractor_hash=description.get("extractor_hash", ""),
-        source=description.get("source", f"{file.name}{'#' + key if key else ''}"),
+        source=description.get("source", f"{file.name}{part if key else ''}"),
     )

@@ -197,10 +197,14 @@ def peak_memory(call: Callable[[], object], *, interval_s: float = 0.005) -> Pea
 
 
 def size_on_disk(path: str | Path) -> int:
-    """Bytes of a file, or of all files below a folder, links not followed. Raises `ConfigError` where it is missing."""
+    """Bytes of a file, or of all files below a folder. Raises `ConfigError` where it is missing.
+
+    A link to a file counts as the file (the hub's folders are such links alone); what a link to a folder leads to is
+    left out.
+    """
     root = Path(path)
     if root.is_file():
         return root.stat().st_size
     if not root.is_dir():
         raise ConfigError(f"{root} is missing; allowed: a file or a folder")
-    return sum(item.lstat().st_size for item in root.rglob("*") if not item.is_dir() or item.is_symlink())
+    return sum(item.stat().st_size for item in root.rglob("*") if item.is_file())

@@ -11,13 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from onnx import numpy_helper
 
 from diffpress.artifact import folder_hash
+from diffpress.compress.loading import load_recipe
+from diffpress.compress.methods import METHODS
+from diffpress.compress.recipe import find_path
 from diffpress.compress.report import read_report
+from diffpress.export import load
+from diffpress.generator import Generator
 
 SMALL = (
     "calibration.samples=4",
@@ -62,6 +68,12 @@ def test_leaves_everything(finished: Path) -> None:
     assert report.parity.max_relative_error < 0.03
     assert {row.candidate for row in report.latency} == {"engine", "eager"}
     assert {row.name for row in report.quality} >= {"frechet", "kernel", "precision", "recall", "coverage"}
+    recipe = load_recipe("quickstart", SMALL, methods={name: stage.Config for name, stage in METHODS.items()})
+    named = find_path(recipe.evaluate.reference or "")
+    assert report.provenance.reference == (named and folder_hash(named))
+    assert report.provenance.conditions is not None
+    engine: Any = Generator(load(finished)).denoiser
+    assert report.engine.provider == engine.session.provider
     latent = next(row for row in report.paired if row.name == "relative_error")
     assert 0 < latent.median < 0.5
 

@@ -13,9 +13,9 @@ from tiny import make_flux, make_scheduler
 
 from diffpress.denoise import trajectory
 from diffpress.diffusion import level_at, read_schedule, to_eps, to_x0
-from diffpress.errors import ConfigError
+from diffpress.errors import ConfigError, EngineError
 from diffpress.generator import Generator
-from diffpress.sampling import GRID_SOLVERS, SamplingPlan, on_grid, own_grid, sigmas_at, switch_scheduler
+from diffpress.sampling import GRID_SOLVERS, SamplingPlan, on_grid, own_grid, sigmas_at, switch_scheduler, to_uint8
 
 VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 STRAIGHT = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -243,3 +243,13 @@ def test_other_steps_are_in_the_own_spacing(dit, plan):
     assert np.array_equal(*(dit.sample([0], seeds=[0], plan=each).images for each in (plan, other)))
     dit.plan, asked = made, SamplingPlan(steps=9, height=16, scheduler="DDIMScheduler")
     assert dit.plan_for(asked) == SamplingPlan(steps=2, guidance_scale=3.0, height=16, timesteps=(999, 10))
+
+
+def test_pictures_that_are_not_finite_are_refused():
+    """Cast to whole numbers, NaN would be a black picture."""
+    pictures = np.full((3, 2, 2, 1), 0.5, dtype=np.float32)
+    assert to_uint8(pictures).shape == (3, 2, 2, 3)
+    assert set(to_uint8(pictures).ravel()) == {128}
+    pictures[1, 0, 0, 0] = np.nan
+    with pytest.raises(EngineError, match="1 of 3 pictures hold NaN or infinity; allowed: finite"):
+        to_uint8(pictures)

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 import diffpress
 from diffpress import processes
+from diffpress.compress import runner
 from diffpress.distill.recover import Recover
 
 
@@ -15,6 +18,14 @@ def test_all_but_the_first_process_return_nothing(dit_folder, tmp_path, monkeypa
     assert diffpress.compress(dit_folder, recipe, tmp_path / "out") is None
     assert not (tmp_path / "out").exists()
     assert json.dumps(recipe) == before
+
+
+@pytest.mark.parametrize("model", ["runs/v1 #3", "true", "1e3", "my: model", "modèle 🙂", 'a "b" \\c'])
+def test_a_model_is_taken_by_its_name_whatever_yaml_would_read(model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "run", lambda recipe, *_, **__: seen.append(recipe.model))
+    diffpress.compress(model, "quickstart", tmp_path)
+    assert seen == [model]
 
 
 def test_pruned_and_recovered_towards_the_original(dit_folder, tmp_path, monkeypatch):

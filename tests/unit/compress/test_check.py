@@ -70,6 +70,57 @@ def test_planted_degradations_fail(artifact, values, name):
         result.require()
 
 
+def timed_beside(report, *candidates):
+    """The report as of a run that timed the engine beside those stock runs, without eager."""
+    kept = (row for row in report.latency if row.candidate in ("engine", *candidates))
+    return dataclasses.replace(report, latency=tuple(dataclasses.replace(row, speedup=None) for row in kept))
+
+
+def test_latency_is_compared_by_another_stock_run_where_eager_was_not_timed(artifact):
+    old = artifact("old", timed_beside(fabricate(), "compiled"))
+    same = check(artifact("same", timed_beside(fabricate(seed=1), "compiled")), old)
+    assert [item.outcome for item in same.findings if "latency" in item.name] == ["pass"]
+    slow = check(artifact("slow", timed_beside(fabricate(slow=5), "compiled")), old)
+    (finding,) = (item for item in slow.findings if "latency" in item.name)
+    assert finding.outcome == slow.outcome == "fail"
+    assert finding.found.value == pytest.approx(5, rel=0.1)
+
+
+def test_a_latency_that_nothing_relates_is_undecided_and_not_left_out(artifact):
+    alone = [timed_beside(fabricate(seed=seed)) for seed in (0, 1)]
+    result = check(artifact("new", alone[1]), artifact("old", alone[0]))
+    assert result.outcome == "undecided"
+    with pytest.raises(RegressionError, match="latency"):
+        result.require(strict=True)
+    untimed = [artifact(name, dataclasses.replace(fabricate(), latency=())) for name in ("a", "b")]
+    assert check(*untimed).outcome == "pass"
+    assert check(*untimed, named=["latency"]).findings[-1].outcome == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("margin", "criterion", "missing"),
+    [
+        ("frechet=1.1", "Fréchet distance", "evaluate.features"),
+        ("coverage=0.1", "loss of coverage", "evaluate.features"),
+        ("latent_error=2", "latent error", "no autoencoder"),
+    ],
+)
+def test_a_margin_that_is_named_decides_nothing_without_its_figure(artifact, tmp_path, margin, criterion, missing):
+    report = dataclasses.replace(fabricate(), quality=(), paired=())
+    new, old = artifact("new", report), artifact("old", report)
+    summary = tmp_path / "check.md"
+    told = ["check", str(new), "--baseline", str(old), "--strict", "--markdown", str(summary)]
+    assert run(told) == 0
+    assert criterion not in summary.read_text(encoding="utf-8")
+    assert run([*told, "--margin", margin]) == 1
+    text = summary.read_text(encoding="utf-8")
+    assert "**undecided**" in text
+    assert missing in text
+    result = check(new, old, margins=read_margins([margin]), named=[margin.partition("=")[0]])
+    (finding,) = (item for item in result.findings if item.name.startswith(criterion))
+    assert (finding.outcome, finding.found) == ("undecided", None)
+
+
 def test_a_larger_latent_error_fails_although_the_distance_holds(artifact):
     report = fabricate()
     error = next(item for item in report.paired if item.name == "relative_error")
@@ -194,6 +245,16 @@ def test_every_difference_is_listed(artifact):
         assert part in text
     assert "memory_mib" not in text  # free to change
     assert "diffpress:" not in text  # what is being checked
+
+
+@pytest.mark.parametrize(("field", "name"), [("conditions", "prompts or classes"), ("reference", "reference")])
+def test_files_of_the_evaluation_are_compared_by_what_is_in_them(artifact, field, name):
+    old, new = (changed(fabricate(), "provenance", **{field: letter * 64}) for letter in "ab")
+    with pytest.raises(NotComparableError, match=f"  {name}: baseline aaa.*, here bbb"):
+        check(artifact("new", new), artifact("old", old))
+    before = artifact("before", fabricate())  # a report from when nothing was kept of them
+    assert check(artifact("again", new), before).outcome == "pass"
+    assert check(before, artifact("other", old)).outcome == "pass"
 
 
 def test_a_report_about_another_engine_is_refused(artifact):

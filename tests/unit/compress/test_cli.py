@@ -1,5 +1,6 @@
 """The command line: help, listing, copying, validating, errors and exit codes."""
 
+import dataclasses
 import errno
 import logging
 import os
@@ -275,11 +276,36 @@ def test_generate_takes_the_steps_that_an_engine_was_distilled_for(monkeypatch, 
     assert (generator.used.steps, generator.used.guidance_scale) == used
 
 
+def test_generate_takes_the_steps_of_an_ordinary_engine(monkeypatch, tmp_path):
+    generator, made_for = _Generator(), SamplingPlan(steps=7, guidance_scale=1.5, scheduler="DDIMScheduler")
+    monkeypatch.setattr(pictures, "open_generator", lambda source, variant: generator)
+    manifest = {"export": {"batch": "dynamic"}, "plan": dataclasses.asdict(made_for)}
+    write_json(tmp_path / pictures.MANIFEST, manifest)
+    for given, used in (({}, (7, 1.5)), ({"steps": 9}, (9, 1.5)), ({"guidance_scale": 0.0}, (7, 0.0))):
+        pictures.generate_pictures(str(tmp_path), tmp_path / str(used), range(1), prompts=None, **given)
+        assert (generator.used.steps, generator.used.guidance_scale) == used
+        assert generator.used.scheduler == "DDIMScheduler"
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+def test_a_guidance_that_is_no_number_is_bad_input(tmp_path, capsys, scale):
+    assert run(["generate", "models/emoji-dit", "--output", str(tmp_path), "--guidance-scale", scale]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"guidance_scale is {scale}; allowed: 0 and more, finite"):
+        pictures.generate_pictures("x", tmp_path, range(1), prompts=None, guidance_scale=float(scale))
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_a_profile(tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    assert run(["profile", str(tmp_path), "--output", str(tmp_path / "taken")]) == 2
+    assert "taken is a file; allowed: a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("batch", "count", "drawn"), [(2, 3, 4), (8, 3, 8), ("dynamic", 3, 3)])
 def test_generate_fills_the_batch_that_an_engine_takes(monkeypatch, tmp_path, batch, count, drawn):
     generator = _Generator()
     monkeypatch.setattr(pictures, "open_generator", lambda source, variant: generator)
-    write_json(tmp_path / pictures.MANIFEST, {"export": {"batch": batch}})
+    write_json(tmp_path / pictures.MANIFEST, {"export": {"batch": batch}, "plan": {"steps": 2}})
     files = pictures.generate_pictures(str(tmp_path), tmp_path / "out", range(count), prompts=["a", "b", "c"])
     assert len(files) == len(list((tmp_path / "out").iterdir())) == count
     assert len(generator.conditions_drawn) == drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from diffpress.artifact import file_hash
 from diffpress.compress import evaluation
 from diffpress.compress.assemble import _parity
 from diffpress.compress.loading import load_recipe
@@ -74,6 +76,18 @@ def test_a_reference_that_is_none_is_found_before_any_work(recipe: Recipe, tmp_p
         recipe.evaluate, samples=64, features=features, reference=f"{features}/reference.safetensors"
     )
     evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=whole))
+
+
+def test_a_reference_may_lie_in_a_folder_with_a_number_sign(recipe: Recipe, tmp_path: Path) -> None:
+    shutil.copytree("models/emoji-features", tmp_path / "set #2")
+    file = tmp_path / "set #2" / "reference.safetensors"
+    names = [str(file), f"{file}#train"]
+    for name in names:
+        given = dataclasses.replace(recipe.evaluate, samples=64, features=str(file.parent), reference=name)
+        evaluation.check_evaluation(dataclasses.replace(recipe, evaluate=given))
+    found = dataclasses.replace(recipe, evaluate=given)
+    assert evaluation.reference_hash(found) == evaluation.yardstick(found)[2] == file_hash(file)
+    assert evaluation.reference_hash(recipe) is None
 
 
 def test_memory_is_weighed_without_the_callers_script(recipe: Recipe, dit_folder: Path) -> None:

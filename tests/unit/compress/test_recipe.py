@@ -233,6 +233,42 @@ def test_round_trip(write):
     assert dump_recipe(other) != text
 
 
+@pytest.mark.parametrize("text", ["1e5", "-1E-4", ".5e+3", "2026-01-01", "1_000", "0x1f", "yes", "null", "~"])
+def test_text_that_looks_like_something_else_comes_back_as_text(write, text):
+    recipe = load_recipe({"model": "x", "evaluate": {"prompts": [text, "a"]}}, methods=METHODS)
+    assert load_recipe(write(dump_recipe(recipe)), methods=METHODS) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("!!int abc", "int"),
+        ("!!int ''", "int"),
+        ("0x_", "int"),
+        ("!!float x", "float"),
+        ("!!bool q", "bool"),
+        ("!!timestamp x", "timestamp"),
+        ("!!timestamp 2026-13-45", "timestamp"),
+        ("7" * 5000, "int"),
+        ("0x" + "f" * 5000, "int"),
+    ],
+)
+def test_values_that_do_not_fit_their_tag_are_problems(write, text, kind):
+    where, what = problems(write(f"model: x\nseed: {text}\n"))[0]
+    assert where == "mine.yaml:2"
+    assert f"cannot be read as {kind}" in what
+    assert len(what) < 200
+    assert "not valid YAML" in problems(write("model: x\n"), f"seed={text}")[0][1]
+    if len(text) < 1024:  # longer keys are none in YAML
+        assert f"cannot be read as {kind}" in problems(write(f"model: x\n{text}: 1\n"))[0][1]
+
+
+def test_an_override_reaches_stages_that_an_earlier_one_set(write):
+    given = ["stages=[quantize.smooth, quantize.int8: ]", "quantize.smooth.alpha=0.7", "stages.1.observer=mse"]
+    stages = load_recipe(write(GOOD), given, methods=METHODS).stages
+    assert [stage.config for stage in stages] == [Smooth(alpha=0.7), Int8()]
+
+
 def test_a_dictionary_is_a_recipe_and_stays_as_it_was():
     data = {"model": "x", "stages": ["quantize.int8"]}
     load_recipe(data, ["seed=3"], methods=METHODS)
@@ -263,6 +299,11 @@ def test_paths_are_found_from_anywhere(tmp_path, monkeypatch, write):
     assert found.evaluate.features == f"inception:{tmp_path / 'alex.pth'}"
     with pytest.raises(RecipeError, match=r"evaluate\.lpips = 'no\.pth': no such file"):
         load_recipe(write(GOOD + "  lpips: no.pth\n"), methods=METHODS)
+    (tmp_path / "set#2" / "all.safetensors").write_bytes(b"")
+    inside = load_recipe(write(GOOD + "  reference: 'set#2/all.safetensors#train'\n"), methods=METHODS)
+    assert inside.evaluate.reference == f"{tmp_path}/set#2/all.safetensors#train"
+    assert find_path(inside.evaluate.reference) == tmp_path / "set#2" / "all.safetensors"
+    assert find_path("#") is None
     (tmp_path / "inception").mkdir()
     assert load_recipe(write(GOOD + "  features: inception\n"), methods=METHODS).evaluate.features == "inception"
 

@@ -273,6 +273,18 @@ def test_several_sets_in_one_file(extractor, tmp_path):
         save_features(path, {**parts, "other": Features(parts["train"].values, "", "", "", "")})
 
 
+def test_a_number_sign_may_be_in_the_name_of_a_folder_or_file(extractor, tmp_path):
+    parts = {name: extract(extractor, images(3, seed), source="") for seed, name in enumerate(["a", "b"])}
+    for path in (tmp_path / "runs #3" / "features", tmp_path / "features#1"):
+        save_features(path, parts)
+        assert len(Features.load(path)) == 6
+        np.testing.assert_array_equal(Features.load(f"{path}#b").values, parts["b"].values)
+        with pytest.raises(CheckpointError, match=r"has no tensor 'c'; it has a, b"):
+            Features.load(f"{path}#c")
+    with pytest.raises(CheckpointError, match=r"runs #3/nothing#b is missing"):
+        Features.load(f"{tmp_path}/runs #3/nothing#b")
+
+
 def test_features_of_another_extractor_are_not_comparable(extractor, tmp_path, caplog):
     path = tmp_path / "features.safetensors"
     features = extract(extractor, images(), source="noise")

@@ -129,6 +129,18 @@ def test_size_on_disk(tmp_path):
         size_on_disk(tmp_path / "c")
 
 
+def test_links_to_files_count_and_linked_folders_do_not(tmp_path):
+    """A folder of the hub's cache has links into another one alone."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    for folder in (blobs, snapshot / "unet"):
+        folder.mkdir(parents=True)
+    (blobs / "4be1").write_bytes(bytes(1000))
+    (snapshot / "unet" / "weights").symlink_to(blobs / "4be1")
+    (snapshot / "outside").symlink_to(blobs)
+    (snapshot / "lost").symlink_to(blobs / "nothing")
+    assert size_on_disk(snapshot) == 1000
+
+
 def test_the_machine_is_described_for_json():
     description = describe_machine()
     assert json.loads(json.dumps(description)) == description
