@@ -47,7 +47,7 @@ _NAMES = {
     "engine": "engine",
     "eager": "diffusers, eager fp32",
     "medium": "diffusers, medium",
-    "compiled": "diffusers, compiled bf16",
+    "compiled": "diffusers, compiled",
 }
 _LAYERS = 20  # rows of the sensitivity plot
 _TILE = 256  # largest side of a picture in the page, pixels

@@ -24,6 +24,7 @@ from diffpress.export import load
 from diffpress.generator import Generator
 from diffpress.processes import apart
 from diffpress.progress import SILENT, Progress
+from diffpress.targets import in_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +79,18 @@ def device_of(engine: Generator) -> torch.device:
     return torch.device("cuda")
 
 
-def baseline(name: str, load: Callable[[torch.dtype], Generator]) -> Candidate:
-    """Stock diffusers: ``eager`` fp32, ``medium`` matmul precision, or ``compiled`` in bf16 with constants folded."""
+def baseline(name: str, load: Callable[[torch.dtype | None], Generator], device: torch.device) -> Candidate:
+    """Stock diffusers: ``eager`` fp32, ``medium`` matmul precision, or ``compiled`` with constants folded.
+
+    Compiled is in bf16, and in fp32 where ``device`` has no instructions for that. ``load`` gives a generator of its
+    own in a precision, or for None the original.
+    """
     if name == "compiled":
-        generator = load(torch.bfloat16)
+        generator = load(torch.bfloat16 if in_bfloat16("auto", device) else torch.float32)
         compiled = torch.compile(generator.denoiser, options={"freezing": True})
         setattr(generator.pipeline, generator.denoiser_name, compiled)
         return Candidate(generator)
-    return Candidate(load(torch.float32), medium_precision if name == "medium" else contextlib.nullcontext)
+    return Candidate(load(None), medium_precision if name == "medium" else contextlib.nullcontext)
 
 
 def latencies(
@@ -137,8 +142,8 @@ def time_together(
     loaded = loaded or Loaded(load_original(recipe), Generator(load(engines["engine"])))
     original, device = loaded.original, device_of(loaded.engine)
 
-    def stock(dtype: torch.dtype) -> Generator:
-        found = original if dtype == torch.float32 else load_original(recipe, dtype=dtype)
+    def stock(dtype: torch.dtype | None) -> Generator:
+        found = original if dtype is None else load_original(recipe, dtype=dtype)
         if device.type != "cpu":
             found.pipeline.to(device)
         return found
@@ -147,7 +152,7 @@ def time_together(
         name: Candidate(loaded.engine if name == "engine" else Generator(load(folder)))
         for name, folder in engines.items()
     }
-    candidates |= {name: baseline(name, stock) for name in recipe.evaluate.baselines}
+    candidates |= {name: baseline(name, stock, device) for name in recipe.evaluate.baselines}
     for candidate in candidates.values():
         candidate.generator.use_scheduler(candidate.generator.plan_for(plan_of(recipe)).scheduler)
     try:
