@@ -107,7 +107,7 @@ class Evaluate:
     lpips: str | None = None
     """File of torchvision's AlexNet weights, for LPIPS between pictures from the same noise (package ``lpips``); null: no LPIPS."""  # noqa: E501
     baselines: Annotated[tuple[Baseline, ...], Field(min_length=1)] = ("eager", "medium", "compiled")
-    """Stock diffusers runs beside the engine: eager fp32, matmul precision medium, torch.compile in bf16 (else fp32)."""
+    """Stock diffusers beside the engine: eager fp32, matmul precision medium, torch.compile in bf16 (else fp32)."""
     latency_rounds: Annotated[int, Field(ge=3)] = 20
     """Interleaved timing rounds; each candidate is timed once in a round."""
     latency_processes: Count = 1
