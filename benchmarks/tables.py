@@ -20,7 +20,7 @@ RESULTS = Path(__file__).with_name("results")
 
 def recipes() -> list[str]:
     lines = [
-        "| recipe | engine | whole image, ms | over eager fp32 | over compiled bf16 "
+        "| recipe | engine | whole image, ms | over eager fp32 | over compiled "
         "| Fréchet distance, x the original's | latent error | n |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
